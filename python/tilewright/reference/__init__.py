@@ -1,0 +1,4 @@
+"""The specification of every op, in eager PyTorch: same names and signatures as ops/."""
+
+__all__ = [
+]
