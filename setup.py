@@ -41,7 +41,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 # No -ffast-math: kernels mean what they say.  -fno-gnu-unique and hidden symbols keep the copies
 # of one inline function apart.
-UNIT_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-math-errno -Wall -Wno-unknown-pragmas"
+UNIT_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-math-errno -Wall -Wno-uninitialized -Wno-maybe-uninitialized"
 
 
 def unit_objects(build_dir: Path) -> list[str]:
@@ -72,10 +72,10 @@ def extension():
     sources = [str(p.relative_to(ROOT)) for p in sorted((CSRC / "bind").glob("*.cpp"))]
     sources.append("csrc/module.cpp")
     cuda = sorted(str(p.relative_to(ROOT)) for p in (CSRC / "cuda").glob("*.cu"))
-    flags = {"cxx": ["-O2", "-std=c++17", "-fopenmp", "-fvisibility=hidden"]}
+    flags = {"cxx": ["-O2", "-std=c++20", "-fopenmp", "-fvisibility=hidden"]}
     if torch.version.cuda and cpp_extension.CUDA_HOME and cuda:
         arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a")]
-        flags["nvcc"] = ["-O3", "-std=c++17", *arch]
+        flags["nvcc"] = ["-O3", "-std=c++20", *arch]
         flags["cxx"].append("-DTW_CUDA")
         bind = [str(p.relative_to(ROOT)) for p in sorted((CSRC / "bind/cuda").glob("*.cpp"))]
         kind, sources = cpp_extension.CUDAExtension, sources + cuda + bind

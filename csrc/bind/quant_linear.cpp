@@ -1,0 +1,214 @@
+// tilewright::linear_int4, linear_int8 and their input gradients on the CPU.
+#include "../cpu/quant_linear.h"
+
+#include "common.h"
+
+namespace tilewright {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+struct Held {  // the weight, and the contiguous tensors its pointers look into
+  cpu::QuantWeight view;
+  Tensor codes, scales, zeros, minima;
+};
+
+Held hold(const char* op, int bits, const Tensor& qweight, const Tensor& scales,
+          const OptTensor& zeros, const OptTensor& minima) {
+  TORCH_CHECK_VALUE(qweight.dim() == 2 && qweight.scalar_type() == at::kByte, op,
+                    ": qweight must be 2-D uint8, not ", qweight.scalar_type(), " ",
+                    qweight.sizes());
+  TORCH_CHECK_VALUE(scales.dim() == 2 && scales.size(0) == qweight.size(0), op, ": scales ",
+                    scales.sizes(), " do not fit qweight ", qweight.sizes());
+  TORCH_CHECK_VALUE(!(zeros && minima), op, ": give zeros or minima, not both");
+  Held w;
+  w.codes = qweight.contiguous();
+  w.scales = scales.contiguous();
+  const int64_t N = qweight.size(0), K = qweight.size(1) * (8 / bits), G = scales.size(1);
+  TORCH_CHECK_VALUE(G > 0 && K % G == 0, op, ": ", K, " columns do not divide into ", G, " groups");
+  for (const auto* extra : {&zeros, &minima}) {
+    if (!*extra) continue;
+    TORCH_CHECK_VALUE((*extra)->sizes() == scales.sizes() &&
+                          (*extra)->scalar_type() == scales.scalar_type(),
+                      op, ": zeros or minima ", (*extra)->sizes(), " ", (*extra)->scalar_type(),
+                      " differ from scales ", scales.sizes(), " ", scales.scalar_type());
+  }
+  if (zeros) w.zeros = zeros->contiguous();
+  if (minima) w.minima = minima->contiguous();
+  w.view = {w.codes.const_data_ptr<uint8_t>(),
+            w.scales.const_data_ptr(),
+            zeros ? w.zeros.const_data_ptr() : nullptr,
+            minima ? w.minima.const_data_ptr() : nullptr,
+            dtype_of(scales, op, "scales"),
+            bits,
+            N,
+            K,
+            G};
+  return w;
+}
+
+// x [M, K] as float32 rows, converted where it is not.
+Tensor as_float(const Tensor& x) { return x.to(at::kFloat).contiguous(); }
+
+constexpr int64_t SERIAL = 1 << 14;  // weights below which a fork costs more than it saves
+
+template <class F> void over_columns(int64_t count, int64_t work, int64_t multiple, const F& body) {
+  if (work < SERIAL) {
+    body(0, count);
+    return;
+  }
+  const int64_t threads = at::get_num_threads();
+  int64_t grain = (count + threads - 1) / threads;
+  grain = (grain + multiple - 1) / multiple * multiple;
+  at::parallel_for(0, count, grain, body);
+}
+
+Tensor linear(const char* op, int bits, const Tensor& x_in, const Tensor& qweight,
+              const Tensor& scales, const OptTensor& zeros, const OptTensor& minima,
+              const OptTensor& bias_in, c10::string_view activations) {
+  const Held held = hold(op, bits, qweight, scales, zeros, minima);
+  const cpu::QuantWeight& w = held.view;
+  TORCH_CHECK_VALUE(x_in.dim() == 2 && x_in.size(1) == w.K, op, ": x ", x_in.sizes(),
+                    " does not fit a weight of ", w.K, " columns");
+  const bool integer = activations == "int8";
+  TORCH_CHECK_VALUE(integer || activations == "float", op,
+                    ": activations must be 'float' or 'int8', not '", activations, "'");
+  const cpu::DType dtype = dtype_of(x_in, op, "x");
+  Tensor bias;
+  if (bias_in) {
+    TORCH_CHECK_VALUE(bias_in->dim() == 1 && bias_in->size(0) == w.N &&
+                          bias_in->scalar_type() == x_in.scalar_type(),
+                      op, ": bias ", bias_in->scalar_type(), " ", bias_in->sizes(),
+                      " does not fit x ", x_in.scalar_type(), " and ", w.N, " output features");
+    bias = bias_in->contiguous();
+  }
+  const void* bias_ptr = bias_in ? bias.const_data_ptr() : nullptr;
+  const int64_t M = x_in.size(0);
+  Tensor y = at::empty({M, w.N}, x_in.options());
+  if (M == 0 || w.N == 0) return y;
+  if (w.K == 0) return bias_in ? y.copy_(bias.expand({M, w.N})) : y.zero_();
+  const Tensor x = x_in.contiguous();
+  const char* x_ptr = static_cast<const char*>(x.const_data_ptr());
+  const int64_t x_bytes = w.K * x.element_size(), pad = cpu::padded(w.K);
+
+  const bool gemv = M <= cpu::GEMV_ROWS && TW_PICK(quant_has_gemv)(w);
+  const bool vnni = integer && TW_PICK(quant_has_int8)(w);
+  cpu::QuantActivations a{nullptr, w.K, M, nullptr, nullptr, nullptr, nullptr, nullptr};
+  Tensor rows, lanes, sums, codes, block_scales, isums;
+  const auto over_rows = [&](const auto& body) {
+    at::parallel_for(0, M, M * w.K < SERIAL ? M : 8, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) body(m);
+    });
+  };
+  if (vnni) {
+    codes = at::empty({M, pad}, x.options().dtype(at::kChar));
+    block_scales = at::empty({M, pad / 32}, x.options().dtype(at::kFloat));
+    isums = at::empty({M, pad / 32}, x.options().dtype(at::kInt));
+    const auto prepare = TW_PICK(quant_prepare_int8);
+    int8_t* c = codes.mutable_data_ptr<int8_t>();
+    float* s = block_scales.mutable_data_ptr<float>();
+    int32_t* i = isums.mutable_data_ptr<int32_t>();
+    over_rows([&](int64_t m) {
+      prepare(w, x_ptr + m * x_bytes, dtype, gemv, c + m * pad, s + m * (pad / 32),
+              i + m * (pad / 32), nullptr);
+    });
+    a.codes = c, a.scales = s, a.isums = i;
+    if (gemv && (zeros || minima)) {  // sums of the rounded x over each group
+      const int64_t blocks = w.K / 32;
+      sums = (block_scales.narrow(1, 0, blocks) * isums.narrow(1, 0, blocks))
+                 .view({M, w.G, blocks / w.G})
+                 .sum(-1);
+      a.sums = sums.const_data_ptr<float>();
+    }
+  } else {
+    if (integer) {
+      rows = at::empty({M, w.K}, x.options().dtype(at::kFloat));
+      float* r = rows.mutable_data_ptr<float>();
+      const auto prepare = TW_PICK(quant_prepare_int8);
+      over_rows([&](int64_t m) {
+        prepare(w, x_ptr + m * x_bytes, dtype, gemv, nullptr, nullptr, nullptr, r + m * w.K);
+      });
+    } else {
+      rows = as_float(x);
+    }
+    a.x = rows.const_data_ptr<float>();
+    if (gemv) {
+      lanes = at::empty({M, pad}, rows.options());
+      sums = at::empty({M, w.G}, rows.options());
+      const auto prepare = TW_PICK(quant_prepare_float);
+      float *l = lanes.mutable_data_ptr<float>(), *s = sums.mutable_data_ptr<float>();
+      for (int64_t m = 0; m < M; ++m)
+        prepare(w, a.x + m * w.K, cpu::DType::F32, nullptr, l + m * pad, s + m * w.G);
+      a.lanes = l, a.sums = s;
+    }
+  }
+
+  void* out = y.mutable_data_ptr();
+  if (gemv) {
+    const auto run = vnni ? TW_PICK(quant_gemv_int8) : TW_PICK(quant_gemv);
+    over_columns(w.N, w.N * w.K, 4, [&](int64_t begin, int64_t end) {
+      run(w, a, bias_ptr, out, w.N, dtype, begin, end);
+    });
+  } else {
+    const auto run = vnni ? TW_PICK(quant_gemm_int8) : TW_PICK(quant_gemm);
+    const int64_t block = TW_PICK(quant_block)(), room = TW_PICK(quant_scratch)(M);
+    over_columns((w.N + block - 1) / block, M * w.N * w.K, 1, [&](int64_t begin, int64_t end) {
+      Tensor scratch = at::empty({room}, at::TensorOptions().dtype(at::kFloat));
+      run(w, a, bias_ptr, out, w.N, dtype, scratch.mutable_data_ptr<float>(), begin, end);
+    });
+  }
+  return y;
+}
+
+Tensor dgrad(const char* op, int bits, const Tensor& dy_in, const Tensor& qweight,
+             const Tensor& scales, const OptTensor& zeros, const OptTensor& minima) {
+  const Held held = hold(op, bits, qweight, scales, zeros, minima);
+  const cpu::QuantWeight& w = held.view;
+  TORCH_CHECK_VALUE(dy_in.dim() == 2 && dy_in.size(1) == w.N, op, ": dy ", dy_in.sizes(),
+                    " does not fit a weight of ", w.N, " rows");
+  const cpu::DType dtype = dtype_of(dy_in, op, "dy");
+  const int64_t M = dy_in.size(0);
+  Tensor dx = at::empty({M, w.K}, dy_in.options());
+  if (M == 0 || w.K == 0) return dx;
+  if (w.N == 0) return dx.zero_();
+  const Tensor dy = as_float(dy_in);
+  const cpu::QuantActivations a{dy.const_data_ptr<float>(), w.N,     M,      nullptr,
+                                nullptr,                    nullptr, nullptr, nullptr};
+  const auto run = TW_PICK(quant_dgrad);
+  const int64_t block = TW_PICK(quant_block)(), room = TW_PICK(quant_scratch)(M);
+  void* out = dx.mutable_data_ptr();
+  over_columns((w.K + block - 1) / block, M * w.N * w.K, 1, [&](int64_t begin, int64_t end) {
+    Tensor scratch = at::empty({room}, at::TensorOptions().dtype(at::kFloat));
+    run(w, a, out, w.K, dtype, scratch.mutable_data_ptr<float>(), begin, end);
+  });
+  return dx;
+}
+
+Tensor linear_int4(const Tensor& x, const Tensor& q, const Tensor& s, const OptTensor& z,
+                   const OptTensor& m, const OptTensor& b, c10::string_view activations) {
+  return linear("linear_int4", 4, x, q, s, z, m, b, activations);
+}
+Tensor linear_int8(const Tensor& x, const Tensor& q, const Tensor& s, const OptTensor& z,
+                   const OptTensor& m, const OptTensor& b, c10::string_view activations) {
+  return linear("linear_int8", 8, x, q, s, z, m, b, activations);
+}
+Tensor linear_int4_dgrad(const Tensor& dy, const Tensor& q, const Tensor& s, const OptTensor& z,
+                         const OptTensor& m) {
+  return dgrad("linear_int4_dgrad", 4, dy, q, s, z, m);
+}
+Tensor linear_int8_dgrad(const Tensor& dy, const Tensor& q, const Tensor& s, const OptTensor& z,
+                         const OptTensor& m) {
+  return dgrad("linear_int8_dgrad", 8, dy, q, s, z, m);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
+  m.impl("linear_int4", &linear_int4);
+  m.impl("linear_int8", &linear_int8);
+  m.impl("linear_int4_dgrad", &linear_int4_dgrad);
+  m.impl("linear_int8_dgrad", &linear_int8_dgrad);
+}
+
+}  // namespace tilewright

@@ -1,0 +1,773 @@
+// Three paths, see quant_linear.h:
+//   GEMV, M <= 8: weights stream once; lanes lie along K and codes unpack in registers.
+//   GEMM, more rows: a block of columns is unpacked to float32 once (from L2 it feeds every row).
+//   int8 activations, where the CPU has VNNI: both of the above in integers.
+#include "quant_linear.h"
+
+#include "simd.h"
+
+namespace tilewright::cpu::TW_ISA {
+namespace {
+
+TW_INLINE float scalar_at(const void* p, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::F32: return static_cast<const float*>(p)[i];
+    case DType::BF16: return to_float(static_cast<const bf16*>(p)[i]);
+    case DType::F16: return to_float(static_cast<const f16*>(p)[i]);
+  }
+  return 0.f;
+}
+
+TW_INLINE void store_as(void* p, DType dtype, int64_t i, float value) {
+  switch (dtype) {
+    case DType::F32: static_cast<float*>(p)[i] = value; break;
+    case DType::BF16: static_cast<bf16*>(p)[i] = from_float<bf16>(value); break;
+    case DType::F16: static_cast<f16*>(p)[i] = from_float<f16>(value); break;
+  }
+}
+
+template <class T> void to_floats(const T* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = to_float(from[i]);
+}
+
+void to_floats(const void* from, DType dtype, int64_t start, float* to, int64_t n) {
+  TW_FOR_DTYPE(dtype, T, to_floats(static_cast<const T*>(from) + start, to, n))
+}
+
+// Scales and centred offsets of row n, groups [g0, g0 + count), as float32.
+// Returns whether there is an offset at all.
+bool row_scales(const QuantWeight& w, int64_t n, int64_t g0, int64_t count, float* scale,
+                float* offset) {
+  to_floats(w.scales, w.scale_dtype, n * w.G + g0, scale, count);
+  const float centre = float(1 << (w.bits - 1));
+  if (w.minima) {
+    to_floats(w.minima, w.scale_dtype, n * w.G + g0, offset, count);
+    for (int64_t g = 0; g < count; ++g) offset[g] += centre * scale[g];
+  } else if (w.zeros) {
+    to_floats(w.zeros, w.scale_dtype, n * w.G + g0, offset, count);
+    for (int64_t g = 0; g < count; ++g) offset[g] = scale[g] * (centre - offset[g]);
+  }
+  return w.minima || w.zeros;
+}
+
+TW_INLINE int code_at(const QuantWeight& w, int64_t n, int64_t k) {
+  if (w.bits == 8) return int(w.codes[n * w.K + k]) - 128;
+  const int byte = w.codes[n * (w.K / 2) + k / 2];
+  return ((k & 1) ? byte >> 4 : byte & 15) - 8;
+}
+
+TW_INLINE float dot(const float* a, const float* b, int64_t n) {
+  Vec acc = set1(0.f);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) acc = fma(load(a + i), load(b + i), acc);
+  float sum = reduce_add(acc);
+  for (; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// ---- GEMV --------------------------------------------------------------------------------------
+
+// A chunk is what one 64-byte load holds: 128 4-bit or 64 8-bit codes.
+TW_INLINE int64_t chunk_of(int bits) { return bits == 4 ? 128 : 64; }
+
+#if defined(__AVX512F__)
+
+// 4 bits: lane l of step i holds k = 8 l + i, so that one shift and one table look-up unpack it.
+TW_INLINE __m512 unpack4(__m512i codes, int step, __m512 table) {
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, unsigned(4 * step)), table);
+}
+TW_INLINE __m512 table4() {
+  return _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+// 8 bits: lane l of step i holds k = 16 i + l.
+TW_INLINE __m512 unpack8(const uint8_t* p, int step, __mmask16 mask) {
+  const __m128i codes = _mm_maskz_loadu_epi8(mask, p + 16 * step);
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(codes), _mm512_set1_epi32(128)));
+}
+
+// The group scale of each lane.  GROUP is 32, 64, or 128 for any larger multiple of 128;
+// PER_LANE consecutive k share a lane (8 for 4 bits, 4 for 8 bits in integers).
+template <int GROUP, int PER_LANE>
+TW_INLINE __m512 lane_scales(const float* scale, int64_t chunk, int64_t group) {
+  constexpr int SPAN = 16 * PER_LANE;
+  if constexpr (GROUP >= SPAN) {
+    return _mm512_set1_ps(scale[GROUP == 128 ? chunk * SPAN / group : chunk]);
+  } else {
+    constexpr int L = GROUP / PER_LANE;  // lanes a group
+    const __m512i index = _mm512_setr_epi32(0, 1 / L, 2 / L, 3 / L, 4 / L, 5 / L, 6 / L, 7 / L,
+                                            8 / L, 9 / L, 10 / L, 11 / L, 12 / L, 13 / L, 14 / L,
+                                            15 / L);
+    return _mm512_permutexvar_ps(
+        index, _mm512_castps128_ps512(_mm_loadu_ps(scale + chunk * (SPAN / GROUP))));
+  }
+}
+
+// MR rows of x against NR rows of w.
+template <int GROUP, int MR, int NR>
+TW_INLINE void gemv4(const QuantWeight& w, const float* lanes, int64_t lanes_stride,
+                     const float (*scale)[GEMV_GROUPS + 4], int64_t n, float (*out)[NR]) {
+  const int64_t group = w.K / w.G, row = w.K / 2;
+  const __m512 table = table4();
+  __m512 total[MR][NR];
+  for (int m = 0; m < MR; ++m)
+    for (int r = 0; r < NR; ++r) total[m][r] = _mm512_setzero_ps();
+  for (int64_t c = 0; c * 128 < w.K; ++c) {
+    const int64_t left = row - c * 64;
+    const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+    __m512i codes[NR];
+    __m512 part[MR][NR];
+    for (int r = 0; r < NR; ++r) {
+      const uint8_t* p = w.codes + (n + r) * row + c * 64;
+      _mm_prefetch(reinterpret_cast<const char*>(p + 1024), _MM_HINT_T0);
+      codes[r] = _mm512_maskz_loadu_epi8(mask, p);
+      for (int m = 0; m < MR; ++m) part[m][r] = _mm512_setzero_ps();
+    }
+#pragma GCC unroll 8
+    for (int step = 0; step < 8; ++step) {
+      __m512 weight[NR];
+      for (int r = 0; r < NR; ++r) weight[r] = unpack4(codes[r], step, table);
+      for (int m = 0; m < MR; ++m) {
+        const __m512 x = _mm512_loadu_ps(lanes + m * lanes_stride + c * 128 + step * 16);
+        for (int r = 0; r < NR; ++r) part[m][r] = _mm512_fmadd_ps(weight[r], x, part[m][r]);
+      }
+    }
+    for (int r = 0; r < NR; ++r) {
+      const __m512 s = lane_scales<GROUP, 8>(scale[r], c, group);
+      for (int m = 0; m < MR; ++m) total[m][r] = _mm512_fmadd_ps(part[m][r], s, total[m][r]);
+    }
+  }
+  for (int m = 0; m < MR; ++m)
+    for (int r = 0; r < NR; ++r) out[m][r] = _mm512_reduce_add_ps(total[m][r]);
+}
+
+template <int GROUP, int MR, int NR>
+TW_INLINE void gemv8(const QuantWeight& w, const float* lanes, int64_t lanes_stride,
+                     const float (*scale)[GEMV_GROUPS + 4], int64_t n, float (*out)[NR]) {
+  [[maybe_unused]] const int64_t group = w.K / w.G;
+  __m512 total[MR][NR];
+  for (int m = 0; m < MR; ++m)
+    for (int r = 0; r < NR; ++r) total[m][r] = _mm512_setzero_ps();
+  constexpr int STEPS = GROUP >= 64 ? 4 : GROUP / 16;  // of 16 k that share a scale
+  for (int64_t k = 0; k < w.K; k += 16 * STEPS) {
+    __m512 part[MR][NR];
+    for (int m = 0; m < MR; ++m)
+      for (int r = 0; r < NR; ++r) part[m][r] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int step = 0; step < STEPS; ++step) {
+      const int64_t left = w.K - k - 16 * step;
+      if (left <= 0) break;
+      const __mmask16 mask = left >= 16 ? 0xffff : __mmask16((1u << left) - 1);
+      __m512 weight[NR];
+      for (int r = 0; r < NR; ++r) weight[r] = unpack8(w.codes + (n + r) * w.K + k, step, mask);
+      for (int m = 0; m < MR; ++m) {
+        const __m512 x = _mm512_loadu_ps(lanes + m * lanes_stride + k + 16 * step);
+        for (int r = 0; r < NR; ++r) part[m][r] = _mm512_fmadd_ps(weight[r], x, part[m][r]);
+      }
+    }
+    for (int r = 0; r < NR; ++r) {
+      const __m512 s = _mm512_set1_ps(scale[r][GROUP == 32 ? k / 32 : k / group]);
+      for (int m = 0; m < MR; ++m) total[m][r] = _mm512_fmadd_ps(part[m][r], s, total[m][r]);
+    }
+  }
+  for (int m = 0; m < MR; ++m)
+    for (int r = 0; r < NR; ++r) out[m][r] = _mm512_reduce_add_ps(total[m][r]);
+}
+
+#elif defined(__AVX2__)
+
+TW_INLINE __m256 widen(__m128i codes, int centre) {
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_cvtepu8_epi32(codes), _mm256_set1_epi32(centre)));
+}
+// 32 consecutive codes; 4 bits: the even k first, then the odd.
+TW_INLINE void unpack32(const uint8_t* p, int bits, __m256 out[4]) {
+  __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), high;
+  if (bits == 4) {
+    const __m128i nibble = _mm_set1_epi8(15);
+    high = _mm_and_si128(_mm_srli_epi16(low, 4), nibble);
+    low = _mm_and_si128(low, nibble);
+  } else {
+    high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16));
+  }
+  const int centre = 1 << (bits - 1);
+  out[0] = widen(low, centre);
+  out[1] = widen(_mm_srli_si128(low, 8), centre);
+  out[2] = widen(high, centre);
+  out[3] = widen(_mm_srli_si128(high, 8), centre);
+}
+
+template <int BITS, int MR>
+TW_INLINE void gemv_avx2(const QuantWeight& w, const float* lanes, int64_t lanes_stride,
+                         const float* scale, int64_t n, float (*out)[1]) {
+  const int64_t blocks_a_group = w.K / w.G / 32;
+  const uint8_t* p = w.codes + n * w.K * BITS / 8;
+  __m256 total[MR];
+  for (int m = 0; m < MR; ++m) total[m] = _mm256_setzero_ps();
+  for (int64_t b = 0; b < w.K / 32; ++b) {
+    __m256 weight[4];
+    unpack32(p + b * 4 * BITS, BITS, weight);
+    const __m256 s = _mm256_set1_ps(scale[b / blocks_a_group]);
+    for (int m = 0; m < MR; ++m) {
+      const float* x = lanes + m * lanes_stride + b * 32;
+      __m256 part = _mm256_mul_ps(weight[0], _mm256_loadu_ps(x));
+      for (int i = 1; i < 4; ++i)
+        part = _mm256_fmadd_ps(weight[i], _mm256_loadu_ps(x + 8 * i), part);
+      total[m] = _mm256_fmadd_ps(part, s, total[m]);
+    }
+  }
+  for (int m = 0; m < MR; ++m) out[m][0] = reduce_add(Vec{total[m]});
+}
+
+#endif
+
+}  // namespace
+
+bool quant_has_gemv(const QuantWeight& w) {
+  const int64_t group = w.K / w.G;
+  if (w.G > GEMV_GROUPS) return false;
+#if defined(__AVX512F__)
+  return w.G == 1 || group == 32 || group == 64 || group % 128 == 0;
+#elif defined(__AVX2__)
+  return group % 32 == 0;
+#else
+  return false;
+#endif
+}
+
+bool quant_has_int8(const QuantWeight& w) {
+#if defined(__AVX512VNNI__)
+  const int64_t group = w.K / w.G;
+  return quant_has_gemv(w) && group % 32 == 0;
+#else
+  return false;
+#endif
+}
+
+void quant_prepare_float(const QuantWeight& w, const void* x, DType dtype, float* out, float* lanes,
+                         float* sums) {
+  if (out) to_floats(x, dtype, 0, out, w.K);
+  if (!lanes) return;
+  const float* row = out ? out : static_cast<const float*>(x);
+  const int64_t group = w.K / w.G;
+#if defined(__AVX512F__)
+  if (w.bits == 4) {
+    const __m512i eights = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104,
+                                             112, 120);
+    int64_t c = 0;
+    for (; (c + 1) * 128 <= w.K; ++c)
+      for (int i = 0; i < 8; ++i)
+        _mm512_storeu_ps(lanes + c * 128 + i * 16,
+                         _mm512_i32gather_ps(eights, row + c * 128 + i, 4));
+    if (c * 128 < w.K)
+      for (int i = 0; i < 8; ++i)
+        for (int l = 0; l < 16; ++l) {
+          const int64_t k = c * 128 + 8 * l + i;
+          lanes[c * 128 + i * 16 + l] = k < w.K ? row[k] : 0.f;
+        }
+  } else {
+    to_floats(row, lanes, w.K);
+    for (int64_t k = w.K; k < padded(w.K); ++k) lanes[k] = 0.f;
+  }
+#else
+  if (w.bits == 4) {
+    for (int64_t b = 0; b < w.K / 32; ++b)
+      for (int j = 0; j < 16; ++j) {
+        lanes[b * 32 + j] = row[b * 32 + 2 * j];
+        lanes[b * 32 + 16 + j] = row[b * 32 + 2 * j + 1];
+      }
+  } else {
+    to_floats(row, lanes, w.K);
+  }
+#endif
+  for (int64_t g = 0; g < w.G; ++g) {
+    Vec acc = set1(0.f);
+    int64_t k = 0;
+    for (; k + W <= group; k += W) acc = acc + load(row + g * group + k);
+    float sum = reduce_add(acc);
+    for (; k < group; ++k) sum += row[g * group + k];
+    sums[g] = sum;
+  }
+}
+
+void quant_prepare_int8(const QuantWeight& w, const void* x, DType dtype, bool gemv, int8_t* codes,
+                        float* scales, int32_t* isums, float* fake) {
+  const int64_t group = w.K / w.G, block = group % 32 == 0 ? 32 : group;
+  for (int64_t b = 0; b * block < w.K; ++b) {
+    float largest = 0.f;
+    for (int64_t j = 0; j < block; ++j) {
+      const float v = scalar_at(x, dtype, b * block + j), size = v < 0 ? -v : v;
+      largest = size > largest ? size : largest;
+    }
+    const float scale = largest / 127.f, inverse = scale > 0 ? 1.f / scale : 0.f;
+    int32_t sum = 0;
+    for (int64_t j = 0; j < block; ++j) {
+      const int64_t k = b * block + j;
+      float q = __builtin_rintf(scalar_at(x, dtype, k) * inverse);
+      q = q > 127.f ? 127.f : q < -127.f ? -127.f : q;
+      if (fake) {
+        fake[k] = q * scale;
+        continue;
+      }
+      int64_t at = k;
+      // a 64-byte load holds the even k in its low nibbles, the odd in its high ones
+      if (gemv && w.bits == 4) at = k / 128 * 128 + (k & 1) * 64 + k % 128 / 2;
+      codes[at] = int8_t(q);
+      sum += int32_t(q);
+    }
+    if (!fake) {
+      scales[b] = scale;
+      isums[b] = sum;
+    }
+  }
+  if (fake) return;
+  for (int64_t k = w.K; k < padded(w.K); ++k) {
+    const int64_t at = gemv && w.bits == 4 ? k / 128 * 128 + (k & 1) * 64 + k % 128 / 2 : k;
+    codes[at] = 0;
+  }
+  for (int64_t b = w.K / 32; b < padded(w.K) / 32; ++b) {
+    scales[b] = 0.f;
+    isums[b] = 0;
+  }
+}
+
+namespace {
+
+// y[m, n] = dots[m] + sum_g offset[g] * sums[m, g] + bias[n]
+TW_INLINE void finish(const QuantWeight& w, const float* sums, const float* offset, float value,
+                      const void* bias, void* y, DType dtype, int64_t m, int64_t n,
+                      int64_t y_stride) {
+  if (offset) value += dot(offset, sums + m * w.G, w.G);
+  if (bias) value += scalar_at(bias, dtype, n);
+  store_as(y, dtype, m * y_stride + n, value);
+}
+
+#if defined(__AVX512F__)
+template <int GROUP, int MR, int NR>
+void gemv_rows(const QuantWeight& w, const QuantActivations& a, int64_t m0, const void* bias,
+               void* y, int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
+  float scale[NR][GEMV_GROUPS + 4], offset[NR][GEMV_GROUPS + 4], out[MR][NR];
+  const int64_t stride = padded(w.K);
+  const float* lanes = a.lanes + m0 * stride;
+  for (int64_t n = begin; n < end; n += NR) {
+    // the last step is taken back to end at `end`: a few outputs are computed twice, alike
+    if (n + NR > end) n = end - NR;
+    bool has_offset = false;
+    for (int r = 0; r < NR; ++r) has_offset = row_scales(w, n + r, 0, w.G, scale[r], offset[r]);
+    if (w.bits == 4) gemv4<GROUP, MR, NR>(w, lanes, stride, scale, n, out);
+    else gemv8<GROUP, MR, NR>(w, lanes, stride, scale, n, out);
+    for (int m = 0; m < MR; ++m)
+      for (int r = 0; r < NR; ++r)
+        finish(w, a.sums, has_offset ? offset[r] : nullptr, out[m][r], bias, y, dtype, m0 + m, n + r,
+               y_stride);
+  }
+}
+
+template <int GROUP>
+void gemv_all(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
+              int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
+  int64_t m = 0;
+  if (end - begin < 4) {
+    for (; m < a.M; ++m) gemv_rows<GROUP, 1, 1>(w, a, m, bias, y, y_stride, dtype, begin, end);
+    return;
+  }
+  for (; m + 4 <= a.M; m += 4)
+    gemv_rows<GROUP, 4, 2>(w, a, m, bias, y, y_stride, dtype, begin, end);
+  for (; m + 2 <= a.M; m += 2)
+    gemv_rows<GROUP, 2, 4>(w, a, m, bias, y, y_stride, dtype, begin, end);
+  for (; m < a.M; ++m) gemv_rows<GROUP, 1, 4>(w, a, m, bias, y, y_stride, dtype, begin, end);
+}
+#elif defined(__AVX2__)
+template <int BITS, int MR>
+void gemv_rows(const QuantWeight& w, const QuantActivations& a, int64_t m0, const void* bias,
+               void* y, int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
+  float scale[GEMV_GROUPS], offset[GEMV_GROUPS], out[MR][1];
+  const int64_t stride = padded(w.K);
+  for (int64_t n = begin; n < end; ++n) {
+    const bool has_offset = row_scales(w, n, 0, w.G, scale, offset);
+    gemv_avx2<BITS, MR>(w, a.lanes + m0 * stride, stride, scale, n, out);
+    for (int m = 0; m < MR; ++m)
+      finish(w, a.sums, has_offset ? offset : nullptr, out[m][0], bias, y, dtype, m0 + m, n,
+             y_stride);
+  }
+}
+
+template <int BITS>
+void gemv_all(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
+              int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
+  int64_t m = 0;
+  for (; m + 4 <= a.M; m += 4) gemv_rows<BITS, 4>(w, a, m, bias, y, y_stride, dtype, begin, end);
+  for (; m < a.M; ++m) gemv_rows<BITS, 1>(w, a, m, bias, y, y_stride, dtype, begin, end);
+}
+#endif
+
+}  // namespace
+
+void quant_gemv(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
+                int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
+#if defined(__AVX512F__)
+  const int64_t group = w.K / w.G;
+  const auto run = group == 32 ? gemv_all<32> : group == 64 ? gemv_all<64> : gemv_all<128>;
+  run(w, a, bias, y, y_stride, dtype, begin, end);
+#elif defined(__AVX2__)
+  (w.bits == 4 ? gemv_all<4> : gemv_all<8>)(w, a, bias, y, y_stride, dtype, begin, end);
+#endif
+}
+
+#if defined(__AVX512VNNI__)
+namespace {
+
+template <int BITS, int GROUP, int NR>
+TW_INLINE void gemv_vnni(const QuantWeight& w, const int8_t* x, const float* x_scale,
+                         const int32_t* isums, const float (*scale)[GEMV_GROUPS + 4], int64_t n,
+                         float* out) {
+  constexpr int PER_LANE = BITS == 4 ? 8 : 4, SPAN = 16 * PER_LANE;
+  const int64_t group = w.K / w.G, row = w.K * BITS / 8;
+  const __m512i nibble = _mm512_set1_epi8(15);
+  // the block of 32 each lane lies in; sums start at -2^(bits-1) * sum(x): exact, and centred
+  constexpr int L = 32 / PER_LANE;
+  const __m512i index = _mm512_setr_epi32(0, 1 / L, 2 / L, 3 / L, 4 / L, 5 / L, 6 / L, 7 / L, 8 / L,
+                                          9 / L, 10 / L, 11 / L, 12 / L, 13 / L, 14 / L, 15 / L);
+  __m512 total[NR];
+  for (int r = 0; r < NR; ++r) total[r] = _mm512_setzero_ps();
+  for (int64_t c = 0; c * SPAN < w.K; ++c) {
+    const int64_t left = row - c * 64, blocks = c * (SPAN / 32);
+    const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+    const __m512 xs = _mm512_permutexvar_ps(
+        index, _mm512_castps128_ps512(_mm_loadu_ps(x_scale + blocks)));
+    // one lane of each block carries the correction
+    const __m512i correction = _mm512_maskz_mov_epi32(
+        BITS == 4 ? 0x1111 : 0x0101,
+        _mm512_slli_epi32(_mm512_permutexvar_epi32(
+                              index, _mm512_castsi128_si512(_mm_loadu_si128(
+                                         reinterpret_cast<const __m128i*>(isums + blocks)))),
+                          BITS - 1));
+    const __m512i start = _mm512_sub_epi32(_mm512_setzero_si512(), correction);
+    const __m512i x0 = _mm512_loadu_si512(x + c * SPAN);
+    __m512i x1 = x0;
+    if constexpr (BITS == 4) x1 = _mm512_loadu_si512(x + c * SPAN + 64);
+    for (int r = 0; r < NR; ++r) {
+      const uint8_t* p = w.codes + (n + r) * row + c * 64;
+      _mm_prefetch(reinterpret_cast<const char*>(p + 1024), _MM_HINT_T0);
+      const __m512i codes = _mm512_maskz_loadu_epi8(mask, p);
+      __m512i acc;
+      if constexpr (BITS == 4) {
+        acc = _mm512_dpbusd_epi32(start, _mm512_and_si512(codes, nibble), x0);
+        acc = _mm512_dpbusd_epi32(acc, _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble), x1);
+      } else {
+        acc = _mm512_dpbusd_epi32(start, codes, x0);
+      }
+      const __m512 s = _mm512_mul_ps(xs, lane_scales<GROUP, PER_LANE>(scale[r], c, group));
+      total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), s, total[r]);
+    }
+  }
+  for (int r = 0; r < NR; ++r) out[r] = _mm512_reduce_add_ps(total[r]);
+}
+
+template <int BITS, int GROUP, int NR>
+void gemv_vnni_rows(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
+                    int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
+  float scale[NR][GEMV_GROUPS + 4], offset[NR][GEMV_GROUPS + 4], out[NR];
+  const int64_t pad = padded(w.K);
+  for (int64_t n = begin; n < end; n += NR) {
+    if (n + NR > end) n = end - NR;
+    bool has_offset = false;
+    for (int r = 0; r < NR; ++r) has_offset = row_scales(w, n + r, 0, w.G, scale[r], offset[r]);
+    for (int64_t m = 0; m < a.M; ++m) {
+      gemv_vnni<BITS, GROUP, NR>(w, a.codes + m * pad, a.scales + m * (pad / 32),
+                                 a.isums + m * (pad / 32), scale, n, out);
+      for (int r = 0; r < NR; ++r)
+        finish(w, a.sums, has_offset ? offset[r] : nullptr, out[r], bias, y, dtype, m, n + r,
+               y_stride);
+    }
+  }
+}
+
+template <int BITS, int GROUP>
+void gemv_vnni_all(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
+                   int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
+  const auto run = end - begin < 4 ? gemv_vnni_rows<BITS, GROUP, 1> : gemv_vnni_rows<BITS, GROUP, 4>;
+  run(w, a, bias, y, y_stride, dtype, begin, end);
+}
+
+}  // namespace
+#endif
+
+void quant_gemv_int8(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
+                     int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
+#if defined(__AVX512VNNI__)
+  const int64_t group = w.K / w.G;
+  const int kind = group == 32 ? 0 : group == 64 ? 1 : 2;
+  using Run = void (*)(const QuantWeight&, const QuantActivations&, const void*, void*, int64_t,
+                       DType, int64_t, int64_t);
+  static const Run table[2][3] = {
+      {gemv_vnni_all<4, 32>, gemv_vnni_all<4, 64>, gemv_vnni_all<4, 128>},
+      {gemv_vnni_all<8, 32>, gemv_vnni_all<8, 64>, gemv_vnni_all<8, 128>}};
+  table[w.bits == 8][kind](w, a, bias, y, y_stride, dtype, begin, end);
+#endif
+}
+
+// ---- GEMM --------------------------------------------------------------------------------------
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int MR = 12, NV = 2;  // 24 accumulators, 2 weights, 1 broadcast: 27 of 32 registers
+#elif defined(__AVX2__)
+constexpr int MR = 6, NV = 2;  // 12 + 2 + 1 of 16
+#else
+constexpr int MR = 4, NV = 16;  // 16 columns a block, as wide as the tables elsewhere
+#endif
+constexpr int64_t NB = NV * W;     // columns a block
+constexpr int64_t KC = 512;        // panel depth: MR * KC floats of x stay in L1
+
+// out[r, NB] += x[r, kc] panel[kc, NB] for R <= MR rows.
+template <int R>
+TW_INLINE void micro(const float* x, int64_t x_stride, const float* panel, int64_t kc, float* out) {
+  Vec acc[R][NV];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) acc[r][v] = load(out + r * NB + v * W);
+  for (int64_t k = 0; k < kc; ++k) {
+    Vec b[NV];
+    for (int v = 0; v < NV; ++v) b[v] = load(panel + k * NB + v * W);
+    for (int r = 0; r < R; ++r) {
+      const Vec a = set1(x[r * x_stride + k]);
+      for (int v = 0; v < NV; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) store(out + r * NB + v * W, acc[r][v]);
+}
+
+void micro_rows(int rows, const float* x, int64_t x_stride, const float* panel, int64_t kc,
+                float* out) {
+  while (rows > 0) {
+    int r;
+    if (rows >= MR) micro<MR>(x, x_stride, panel, kc, out), r = MR;
+    else if (rows >= 4) micro<4>(x, x_stride, panel, kc, out), r = 4;
+    else micro<1>(x, x_stride, panel, kc, out), r = 1;
+    rows -= r;
+    x += r * x_stride;
+    out += r * NB;
+  }
+}
+
+// Row n of w, columns [k0, k0 + count) as float32.
+void unpack_row(const QuantWeight& w, int64_t n, int64_t k0, int64_t count, float* out) {
+  const int64_t group = w.K / w.G;
+  int64_t k = k0;
+  const int64_t end = k0 + count;
+  while (k < end) {
+    const int64_t g = k / group, stop = (g + 1) * group < end ? (g + 1) * group : end;
+    float scale, offset = 0.f;
+    row_scales(w, n, g, 1, &scale, &offset);
+    for (; k < stop; ++k) out[k - k0] = scale * float(code_at(w, n, k)) + offset;
+  }
+}
+
+// panel[k, c] = w[n0 + c, k0 + k], zero past N.
+void fill_columns(const QuantWeight& w, int64_t n0, int64_t k0, int64_t kc, float* panel) {
+  int64_t columns = w.N - n0 < NB ? w.N - n0 : NB;
+  int64_t c = 0;
+#if defined(__AVX512F__)
+  const int64_t group = w.K / w.G;
+  if (w.bits == 4 && group % 8 == 0 && k0 % 8 == 0 && kc % 8 == 0) {
+    const __m512 table = table4();
+    for (; c + 16 <= columns; c += 16) {
+      const int64_t row = w.K / 2;
+      const __m512i rows = _mm512_mullo_epi32(
+          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+          _mm512_set1_epi32(int(row)));
+      const uint8_t* base = w.codes + (n0 + c) * row;
+      float scale[16], offset[16] = {};
+      for (int64_t k = 0; k < kc; k += 8) {
+        if (k == 0 || (k0 + k) % group == 0)
+          for (int i = 0; i < 16; ++i)
+            row_scales(w, n0 + c + i, (k0 + k) / group, 1, scale + i, offset + i);
+        const __m512 s = _mm512_loadu_ps(scale), o = _mm512_loadu_ps(offset);
+        const __m512i codes = _mm512_i32gather_epi32(rows, base + (k0 + k) / 2, 1);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i)
+          _mm512_storeu_ps(panel + (k + i) * NB + c, _mm512_fmadd_ps(unpack4(codes, i, table), s, o));
+      }
+    }
+  }
+#endif
+  float line[KC];
+  for (; c < columns; ++c) {
+    unpack_row(w, n0 + c, k0, kc, line);
+    for (int64_t k = 0; k < kc; ++k) panel[k * NB + c] = line[k];
+  }
+  for (; c < NB; ++c)
+    for (int64_t k = 0; k < kc; ++k) panel[k * NB + c] = 0.f;
+}
+
+void write_block(const float* out, int64_t M, int64_t n0, int64_t N, const void* bias, void* y,
+                 int64_t y_stride, DType dtype) {
+  const int64_t columns = N - n0 < NB ? N - n0 : NB;
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t c = 0; c < columns; ++c) {
+      const float b = bias ? scalar_at(bias, dtype, n0 + c) : 0.f;
+      store_as(y, dtype, m * y_stride + n0 + c, out[m * NB + c] + b);
+    }
+}
+
+}  // namespace
+
+int64_t quant_block() { return NB; }
+int64_t quant_scratch(int64_t M) { return KC * NB + M * NB; }
+
+void quant_gemm(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
+                int64_t y_stride, DType dtype, float* scratch, int64_t begin, int64_t end) {
+  float *panel = scratch, *out = scratch + KC * NB;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t n0 = block * NB;
+    for (int64_t i = 0; i < a.M * NB; ++i) out[i] = 0.f;
+    for (int64_t k0 = 0; k0 < w.K; k0 += KC) {
+      const int64_t kc = w.K - k0 < KC ? w.K - k0 : KC;
+      fill_columns(w, n0, k0, kc, panel);
+      micro_rows(int(a.M), a.x + k0, a.x_stride, panel, kc, out);
+    }
+    write_block(out, a.M, n0, w.N, bias, y, y_stride, dtype);
+  }
+}
+
+void quant_dgrad(const QuantWeight& w, const QuantActivations& a, void* dx, int64_t dx_stride,
+                 DType dtype, float* scratch, int64_t begin, int64_t end) {
+  float *panel = scratch, *out = scratch + KC * NB;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t k0 = block * NB, columns = w.K - k0 < NB ? w.K - k0 : NB;
+    for (int64_t i = 0; i < a.M * NB; ++i) out[i] = 0.f;
+    for (int64_t n0 = 0; n0 < w.N; n0 += KC) {
+      const int64_t nc = w.N - n0 < KC ? w.N - n0 : KC;
+      for (int64_t n = 0; n < nc; ++n) {
+        unpack_row(w, n0 + n, k0, columns, panel + n * NB);
+        for (int64_t c = columns; c < NB; ++c) panel[n * NB + c] = 0.f;
+      }
+      micro_rows(int(a.M), a.x + n0, a.x_stride, panel, nc, out);
+    }
+    write_block(out, a.M, k0, w.K, nullptr, dx, dx_stride, dtype);
+  }
+}
+
+#if defined(__AVX512VNNI__)
+namespace {
+
+constexpr int MI = 6;  // rows: 12 integer and 12 float accumulators
+
+// out[r, 32] += over the blocks of a panel; codes [blocks * 8, 32 columns, 4 k] u8.
+template <int R, bool OFFSET>
+TW_INLINE void micro_int8(const int8_t* x, int64_t x_stride, const float* x_scale,
+                          const int32_t* isums, int64_t s_stride, const uint8_t* codes,
+                          const float* scale, const float* offset, int64_t blocks, int shift,
+                          float* out) {
+  __m512 total[R][2];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < 2; ++v) total[r][v] = _mm512_loadu_ps(out + r * NB + v * 16);
+  for (int64_t b = 0; b < blocks; ++b) {
+    __m512i acc[R][2];
+    for (int r = 0; r < R; ++r) {
+      // starting at -2^(bits-1) * sum(x) centres the unsigned codes, exactly
+      acc[r][0] = acc[r][1] = _mm512_set1_epi32(-(isums[r * s_stride + b] * (1 << shift)));
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      const __m512i w0 = _mm512_loadu_si512(codes + (b * 8 + j) * 128);
+      const __m512i w1 = _mm512_loadu_si512(codes + (b * 8 + j) * 128 + 64);
+      for (int r = 0; r < R; ++r) {
+        int32_t four;
+        __builtin_memcpy(&four, x + r * x_stride + b * 32 + j * 4, 4);
+        const __m512i xr = _mm512_set1_epi32(four);
+        acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], w0, xr);
+        acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], w1, xr);
+      }
+    }
+    for (int v = 0; v < 2; ++v) {
+      const __m512 s = _mm512_loadu_ps(scale + b * NB + v * 16);
+      for (int r = 0; r < R; ++r) {
+        const __m512 sx = _mm512_set1_ps(x_scale[r * s_stride + b]);
+        total[r][v] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[r][v]), s), sx,
+                                      total[r][v]);
+        if constexpr (OFFSET) {
+          const float xsum = x_scale[r * s_stride + b] * float(isums[r * s_stride + b]);
+          total[r][v] = _mm512_fmadd_ps(_mm512_loadu_ps(offset + b * NB + v * 16),
+                                        _mm512_set1_ps(xsum), total[r][v]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < 2; ++v) _mm512_storeu_ps(out + r * NB + v * 16, total[r][v]);
+}
+
+// codes[k / 4, c, k % 4] = raw code of w[n0 + c, k0 + k]; scale, offset [kc / 32, NB].
+void fill_int8(const QuantWeight& w, int64_t n0, int64_t k0, int64_t kc, uint8_t* codes,
+               float* scale, float* offset) {
+  const int64_t group = w.K / w.G, columns = w.N - n0 < NB ? w.N - n0 : NB;
+  for (int64_t c = 0; c < NB; ++c) {
+    const int64_t n = n0 + (c < columns ? c : columns - 1);  // repeats are never written out
+    for (int64_t b = 0; b < kc / 32; ++b)
+      row_scales(w, n, (k0 + b * 32) / group, 1, scale + b * NB + c, offset + b * NB + c);
+    if (w.bits == 8) {
+      const uint8_t* p = w.codes + n * w.K + k0;
+      for (int64_t k = 0; k < kc; k += 4) __builtin_memcpy(codes + k * NB + c * 4, p + k, 4);
+    } else {
+      const uint8_t* p = w.codes + (n * w.K + k0) / 2;
+      for (int64_t k = 0; k < kc; k += 4) {
+        uint16_t two;
+        __builtin_memcpy(&two, p + k / 2, 2);
+        const uint32_t four = (two & 0xfu) | (two & 0xf0u) << 4 | (two & 0xf00u) << 8 |
+                              (two & 0xf000u) << 12;
+        __builtin_memcpy(codes + k * NB + c * 4, &four, 4);
+      }
+    }
+  }
+}
+
+template <bool OFFSET>
+void gemm_int8(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
+               int64_t y_stride, DType dtype, float* scratch, int64_t begin, int64_t end) {
+  const int64_t pad = padded(w.K), s_stride = pad / 32;
+  const int shift = w.bits - 1;
+  // the float panel's room holds the codes, then the scales and offsets of its blocks
+  uint8_t* codes = reinterpret_cast<uint8_t*>(scratch);
+  float* scale = scratch + KC * NB / 4;
+  float* offset = scale + KC / 32 * NB;
+  float* out = scratch + KC * NB;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t n0 = block * NB;
+    for (int64_t i = 0; i < a.M * NB; ++i) out[i] = 0.f;
+    for (int64_t k0 = 0; k0 < w.K; k0 += KC) {
+      const int64_t kc = w.K - k0 < KC ? w.K - k0 : KC, blocks = kc / 32;
+      fill_int8(w, n0, k0, kc, codes, scale, offset);
+      for (int64_t m = 0; m < a.M;) {
+        const int8_t* x = a.codes + m * pad + k0;
+        const float* sx = a.scales + m * s_stride + k0 / 32;
+        const int32_t* sums = a.isums + m * s_stride + k0 / 32;
+        if (a.M - m >= MI) {
+          micro_int8<MI, OFFSET>(x, pad, sx, sums, s_stride, codes, scale, offset, blocks, shift,
+                                 out + m * NB);
+          m += MI;
+        } else {
+          micro_int8<1, OFFSET>(x, pad, sx, sums, s_stride, codes, scale, offset, blocks, shift,
+                                out + m * NB);
+          m += 1;
+        }
+      }
+    }
+    write_block(out, a.M, n0, w.N, bias, y, y_stride, dtype);
+  }
+}
+
+}  // namespace
+#endif
+
+void quant_gemm_int8(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
+                     int64_t y_stride, DType dtype, float* scratch, int64_t begin, int64_t end) {
+#if defined(__AVX512VNNI__)
+  const auto run = w.minima || w.zeros ? gemm_int8<true> : gemm_int8<false>;
+  run(w, a, bias, y, y_stride, dtype, scratch, begin, end);
+#endif
+}
+
+}  // namespace tilewright::cpu::TW_ISA

@@ -1,0 +1,63 @@
+// y[m, n] = sum_k x[m, k] w[n, k] + bias[n] over 4- and 8-bit weights, and its input gradient.
+//   M rows of x, N output features, K input features, G groups of K / G columns.
+//   w[n, k] = scale[n, g] * (code[n, k] - 2^(bits-1)) + offset[n, g]
+// Codes are centred so that sums of code * x do not cancel against the offset's.
+#pragma once
+#include "isa.h"
+
+namespace tilewright::cpu {
+
+struct QuantWeight {
+  const uint8_t* codes;  // [N, K / 2] or [N, K], row-major; 4 bits: even k in the low nibble
+  const void *scales, *zeros, *minima;  // [N, G] of type scale_dtype; the last two may be null
+  DType scale_dtype;
+  int bits;
+  int64_t N, K, G;
+};
+
+// Activations as the kernels read them, float32 (see quant_prepare).
+struct QuantActivations {
+  const float* x;        // [M, K], rows x_stride apart
+  int64_t x_stride, M;
+  const float* lanes;    // GEMV: [M, chunks, 128 or 64] in the order codes unpack; or null
+  const float* sums;     // GEMV: [M, G] sums of x over each group
+  const int8_t* codes;   // int8: [M, K padded], in the order the kernel unpacks weights
+  const float* scales;   // int8: [M, K padded / 32], scale of each block of 32
+  const int32_t* isums;  // int8: [M, K padded / 32], sum of each block's codes
+};
+
+constexpr int GEMV_ROWS = 8;           // up to here weights are unpacked in registers, once
+constexpr int64_t GEMV_GROUPS = 2048;  // scales of a row held on the stack
+constexpr int64_t PAD = 128;           // K is padded to this in prepared activations
+
+inline __attribute__((always_inline)) int64_t padded(int64_t k) { return (k + PAD - 1) / PAD * PAD; }
+
+// Whether the in-register path serves this weight at the level in use (then prepare `lanes`), and
+// whether int8 activations multiply as integers (else they are rounded, then take the float path).
+TW_DECLARE(bool, quant_has_gemv, const QuantWeight& w)
+TW_DECLARE(bool, quant_has_int8, const QuantWeight& w)
+
+// One row of x to float32, its lane order and group sums (lanes, sums may be null).
+TW_DECLARE(void, quant_prepare_float, const QuantWeight& w, const void* x, DType dtype, float* out,
+           float* lanes, float* sums)
+// One row to int8 blocks; `fake` writes scale * code back as float32 instead of the codes.
+TW_DECLARE(void, quant_prepare_int8, const QuantWeight& w, const void* x, DType dtype, bool gemv,
+           int8_t* codes, float* scales, int32_t* isums, float* fake)
+
+// Output features [begin, end) of y [M, N], rows y_stride apart.
+TW_DECLARE(void, quant_gemv, const QuantWeight& w, const QuantActivations& a, const void* bias,
+           void* y, int64_t y_stride, DType dtype, int64_t begin, int64_t end)
+TW_DECLARE(void, quant_gemv_int8, const QuantWeight& w, const QuantActivations& a, const void* bias,
+           void* y, int64_t y_stride, DType dtype, int64_t begin, int64_t end)
+// Blocks [begin, end) of quant_block() columns of y; `scratch` holds quant_scratch(M) floats.
+TW_DECLARE(int64_t, quant_block)
+TW_DECLARE(int64_t, quant_scratch, int64_t M)
+TW_DECLARE(void, quant_gemm, const QuantWeight& w, const QuantActivations& a, const void* bias,
+           void* y, int64_t y_stride, DType dtype, float* scratch, int64_t begin, int64_t end)
+TW_DECLARE(void, quant_gemm_int8, const QuantWeight& w, const QuantActivations& a, const void* bias,
+           void* y, int64_t y_stride, DType dtype, float* scratch, int64_t begin, int64_t end)
+// dx [M, K] = dy [M, N] w, the same blocks over K; a.x is dy.
+TW_DECLARE(void, quant_dgrad, const QuantWeight& w, const QuantActivations& a, void* dx,
+           int64_t dx_stride, DType dtype, float* scratch, int64_t begin, int64_t end)
+
+}  // namespace tilewright::cpu

@@ -1,0 +1,106 @@
+"""quant_linear: validate, flatten to [M, K], tilewright::linear_int{4,8}, autograd for x and bias.
+
+M rows (tokens), N output features, K input features, G groups in a row of the weight.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright import _op
+from tilewright.quant_tensor import QuantTensor
+
+_ARGS = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? minima"
+
+
+def _fake(x: Tensor, qweight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], qweight.shape[0])
+
+
+_linear = {
+    bits: _op.register(
+        "quant_linear",
+        f"linear_int{bits}(Tensor x, {_ARGS}, Tensor? bias, str activations) -> Tensor",
+        _fake,
+    )
+    for bits in (4, 8)
+}
+_dgrad = {
+    bits: _op.register(
+        "quant_linear",
+        f"linear_int{bits}_dgrad(Tensor dy, {_ARGS}) -> Tensor",
+        lambda dy, qweight, *_, codes=8 // bits: dy.new_empty(
+            dy.shape[0], qweight.shape[1] * codes
+        ),
+    )
+    for bits in (4, 8)
+}
+
+
+class _QuantLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, qweight, scales, zeros, minima, bias, bits, activations):
+        ctx.save_for_backward(qweight, scales, zeros, minima)
+        ctx.bits = bits
+        return _linear[bits](x, qweight, scales, zeros, minima, bias, activations)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = _dgrad[ctx.bits](dy, *ctx.saved_tensors)
+        if ctx.needs_input_grad[5]:
+            dbias = dy.sum(0)
+        return dx, None, None, None, None, dbias, None, None
+
+
+def quant_linear(
+    x: Tensor, w: QuantTensor, bias: Tensor | None = None, *, activations: str = "float"
+) -> Tensor:
+    """A linear layer over a quantised weight: x [..., K], w [N, K], bias [N] -> [..., N].
+
+    x and bias are float32, bfloat16 or float16, alike; accumulation is float32 and weights are not
+    rounded to x's dtype.  activations="int8" rounds x to int8 in blocks of 32 columns first (the
+    scheme of llama.cpp's Q8_0 activations), which integer units multiply faster and which costs
+    accuracy; its gradient is the float one.  Gradients reach x and bias, never w.  Under autocast
+    x and bias are cast as torch.nn.functional.linear's are.  Raises ValueError where a shape,
+    dtype, device or option does not fit.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if x.dtype != torch.float64:
+            x = x.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+    K = w.in_features
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(
+            f"quant_linear: x {list(x.shape)} does not fit a weight of shape {list(w.shape)}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"quant_linear: x must be a floating dtype, not {x.dtype}")
+    if x.device != w.qweight.device:
+        raise ValueError(f"quant_linear: x is on {x.device}, the weight on {w.qweight.device}")
+    if bias is not None and (
+        bias.shape != (w.out_features,) or bias.dtype != x.dtype or bias.device != x.device
+    ):
+        raise ValueError(
+            f"quant_linear: bias {bias.dtype} {list(bias.shape)} on {bias.device} does not fit "
+            f"x {x.dtype} on {x.device} and a weight of shape {list(w.shape)}"
+        )
+    if activations not in ("float", "int8"):
+        raise ValueError(
+            f"quant_linear: activations must be 'float' or 'int8', not {activations!r}"
+        )
+    if w.g_idx is not None or not _op.serves("quant_linear", x):
+        return _op.twin("quant_linear")(x, w, bias, activations=activations)
+    x_MK = x if x.dim() == 2 else x.reshape(-1, K)
+    args = (x_MK, w.qweight, w.scales, w.zeros, w.minima, bias)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        y = _QuantLinear.apply(*args, w.bits, activations)
+    else:
+        y = _linear[w.bits](*args, activations)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], w.out_features)

@@ -1,0 +1,291 @@
+"""quant_linear, QuantTensor and nn.QuantLinear against dequantise-then-linear in float64."""
+
+import copy
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor
+
+from tilewright import _native, _op, ops, reference
+from tilewright.nn import QuantLinear
+from tilewright.quant_tensor import QuantTensor, pack_int4
+from tilewright.testing import assert_matches_reference
+
+KINDS = ["symmetric", "zeros", "minima"]
+
+
+def make(N, K, *, bits=4, group=32, kind="minima", scale_dtype=torch.float16, device="cpu"):
+    g = torch.Generator().manual_seed(bits * 1000 + N + K)
+    codes = torch.randint(0, 2**bits, (N, K), generator=g, dtype=torch.uint8)
+    G = K // group
+    scales = (torch.rand(N, G, generator=g) * 0.02 + 0.01).to(scale_dtype)
+    zeros = minima = None
+    if kind == "zeros":
+        zeros = torch.randint(0, 2**bits, (N, G), generator=g).to(scale_dtype)
+    elif kind == "minima":
+        minima = (-scales.float() * 2 ** (bits - 1) * torch.rand(N, G, generator=g)).to(scale_dtype)
+    q = pack_int4(codes) if bits == 4 else codes
+    move = (t if t is None else t.to(device) for t in (q, scales, zeros, minima))
+    return QuantTensor(*move, bits=bits)
+
+
+def check(w: QuantTensor, x: Tensor, dtype: torch.dtype, bias: Tensor | None = None, **kwargs):
+    """Our op against its twin, with the weight's own values in every dtype."""
+
+    def call(fn):
+        return lambda x, b: fn(x, w, b, **kwargs)
+
+    assert_matches_reference(
+        call(ops.quant_linear), call(reference.quant_linear), x, bias, dtype=dtype
+    )
+
+
+# (M, N, K, group): empty, one, decode, a GEMV tail, two tiles and panels, odd sizes, a whole row
+SHAPES = [
+    (0, 8, 64, 32),
+    (1, 1, 32, 32),
+    (1, 33, 96, 32),
+    (3, 70, 192, 64),
+    (8, 40, 256, 128),
+    (2, 5, 160, 160),
+    (1, 9, 130, 130),
+    (9, 33, 96, 32),
+    (27, 65, 1088, 32),
+    (14, 50, 72, 24),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_matches_reference(shape, bits, kind, dtype, device):
+    M, N, K, group = shape
+    w = make(N, K, bits=bits, group=group, kind=kind, device=device)
+    x = torch.randn(M, K, device=device, requires_grad=True)
+    bias = torch.randn(N, device=device, requires_grad=True)
+    check(w, x, dtype, bias)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0]], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_activations_match_their_reference(shape, bits, kind, dtype, device):
+    M, N, K, group = shape
+    w = make(N, K, bits=bits, group=group, kind=kind, device=device)
+    x = torch.randn(M, K, device=device).to(dtype)
+    x[0, : min(K, 32)] = 0  # a block of zeros has no scale
+    check(w, x, dtype, activations="int8")
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("M", [1, 12])
+def test_scale_dtypes(scale_dtype, M, device):
+    for bits in (4, 8):
+        w = make(24, 128, bits=bits, scale_dtype=scale_dtype, kind="zeros", device=device)
+        check(w, torch.randn(M, 128, device=device), torch.float32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("M", [1, 9])
+def test_one_hot_rows_return_exact_columns(bits, M, device):
+    w = make(40, 128, bits=bits, kind="symmetric", scale_dtype=torch.float32, device=device)
+    for k in (0, 1, 31, 32, 127):
+        x = torch.zeros(M, 128, device=device)
+        x[:, k] = 1
+        assert torch.equal(ops.quant_linear(x, w), w.dequantize()[:, k].expand(M, -1))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("M", [1, 9])
+@pytest.mark.parametrize("code", [0, -1])
+def test_extreme_codes_and_activations(bits, M, code, device):
+    """Every product at its largest: no integer path may saturate."""
+    q = torch.full((16, 64), code % 2**bits, dtype=torch.uint8)
+    w = QuantTensor(
+        (pack_int4(q) if bits == 4 else q).to(device),
+        torch.ones(16, 2, device=device),
+        torch.zeros(16, 2, device=device),
+        bits=bits,
+    )
+    for sign in (1.0, -1.0):
+        check(w, torch.full((M, 64), 127.0 * sign, device=device), torch.float32, activations="int8")
+
+
+@pytest.mark.parametrize("view", ["3d", "transposed", "rows", "expanded", "misaligned"])
+def test_strided_inputs(view, device):
+    w = make(24, 64, device=device)
+    x = {
+        "3d": lambda: torch.randn(2, 3, 64, device=device),
+        "transposed": lambda: torch.randn(64, 5, device=device).t(),
+        "rows": lambda: torch.randn(10, 80, device=device)[::2, 16:],
+        "expanded": lambda: torch.randn(1, 64, device=device).expand(4, 64),
+        "misaligned": lambda: torch.randn(4 * 64 + 1, device=device)[1:].view(4, 64),
+    }[view]()
+    out = ops.quant_linear(x, w)
+    assert torch.equal(out, ops.quant_linear(x.contiguous(), w))
+    assert out.is_contiguous()
+
+
+def test_g_idx_runs_on_the_reference(device):
+    w = make(16, 64, kind="zeros", device=device)
+    w = QuantTensor(
+        w.qweight,
+        w.scales,
+        w.zeros,
+        g_idx=torch.randint(0, 2, (64,), dtype=torch.int32, device=device),
+        bits=4,
+    )
+    check(w, torch.randn(3, 64, device=device, requires_grad=True), torch.float32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_opcheck(bits, device):
+    w = make(16, 64, bits=bits, kind="zeros", device=device)
+    op = getattr(torch.ops.tilewright, f"linear_int{bits}").default
+    args = (w.qweight, w.scales, w.zeros, None)
+    for x in (torch.randn(3, 64, device=device), torch.randn(64, 12, device=device).t()):
+        torch.library.opcheck(op, (x, *args, None, "float"))
+        torch.library.opcheck(op, (x, *args, torch.randn(16, device=device), "int8"))
+    dgrad = getattr(torch.ops.tilewright, f"linear_int{bits}_dgrad").default
+    for dy in (torch.randn(3, 16, device=device), torch.randn(16, 3, device=device).t()):
+        torch.library.opcheck(dgrad, (dy, *args))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_fullgraph(dynamic, device):
+    layer = QuantLinear(make(16, 64, device=device), torch.randn(16, device=device))
+    x = torch.randn(3, 64, device=device, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    assert torch.equal(compiled(x), layer(x))
+    compiled(x).sum().backward()
+    grad, x.grad = x.grad, None
+    layer(x).sum().backward()
+    assert torch.equal(grad, x.grad)
+
+
+def test_autocast_casts_as_linear_does(device):
+    w, x = make(16, 64, device=device), torch.randn(3, 64, device=device)
+    bias = torch.randn(16, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        out = ops.quant_linear(x, w, bias)
+        assert out.dtype == torch.nn.functional.linear(x, w.dequantize(), bias).dtype
+    assert torch.equal(out, ops.quant_linear(x.bfloat16(), w, bias.bfloat16()))
+
+
+def test_repeats_bitwise_and_mutates_nothing(device):
+    w, x = make(33, 96, device=device), torch.randn(9, 96, device=device)
+    before = [t.clone() for t in (x, w.qweight, w.scales, w.minima)]
+    first = ops.quant_linear(x, w)
+    assert all(torch.equal(first, ops.quant_linear(x, w)) for _ in range(3))
+    after = (x, w.qweight, w.scales, w.minima)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_thread_count_does_not_change_a_bit():
+    w, threads = make(257, 576), torch.get_num_threads()
+    for M in (1, 12):
+        x = torch.randn(M, 576)
+        results = []
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            results.append(ops.quant_linear(x, w))
+        torch.set_num_threads(threads)
+        assert torch.equal(*results)
+
+
+def test_float64_runs_on_the_reference(device):
+    w = make(4, 32, device=device)
+    x = torch.randn(2, 32, dtype=torch.float64, device=device, requires_grad=True)
+    assert not _op.serves("quant_linear", x)
+    assert torch.autograd.gradcheck(lambda x: ops.quant_linear(x, w), (x,))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x=torch.randn(2, 63)), "x"),
+        (dict(x=torch.ones(2, 64, dtype=torch.int64)), "floating"),
+        (dict(bias=torch.randn(15)), "bias"),
+        (dict(bias=torch.randn(16, dtype=torch.float16)), "bias"),
+        (dict(activations="int4"), "int4"),
+    ],
+    ids=["columns", "dtype", "bias shape", "bias dtype", "activations"],
+)
+def test_bad_input(change, message, device):
+    args = dict(x=torch.randn(2, 64), bias=None, activations="float") | change
+    with pytest.raises(ValueError, match=message):
+        ops.quant_linear(
+            args["x"].to(device),
+            make(16, 64, device=device),
+            None if args["bias"] is None else args["bias"].to(device),
+            activations=args["activations"],
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(bits=3),
+        dict(qweight=torch.zeros(16, 32)),
+        dict(scales=torch.ones(15, 2)),
+        dict(scales=torch.ones(16, 3)),
+        dict(scales=torch.ones(16, 2, dtype=torch.int32)),
+        dict(zeros=torch.ones(16, 1)),
+        dict(zeros=torch.ones(16, 2), minima=torch.ones(16, 2)),
+        dict(g_idx=torch.zeros(64)),
+    ],
+    ids=lambda c: ",".join(c),
+)
+def test_bad_quant_tensor(change):
+    good = dict(qweight=torch.zeros(16, 32, dtype=torch.uint8), scales=torch.ones(16, 2))
+    with pytest.raises(ValueError, match="QuantTensor"):
+        QuantTensor(**(good | change))
+
+
+def test_quant_tensor_rows_are_rows_of_the_whole():
+    for bits in (4, 8):
+        w = make(16, 64, bits=bits)
+        index = torch.tensor([[3, 0], [15, 3]])
+        assert torch.equal(w.rows(index), w.dequantize()[index])
+
+
+def test_module_keeps_scales_through_casts_and_copies():
+    weight = make(16, 64, kind="zeros")
+    layer = QuantLinear(weight, torch.randn(16))
+    assert set(layer.state_dict()) == {"qweight", "scales", "zeros", "bias"}
+    layer.bfloat16()
+    assert layer.bias is not None and layer.bias.dtype == torch.bfloat16
+    assert layer.scales.dtype == torch.float16 and torch.equal(layer.scales, weight.scales)
+    layer.float()
+    twin = copy.deepcopy(layer)
+    x = torch.randn(2, 64)
+    assert torch.equal(twin(x), layer(x))
+    assert twin.weight.qweight.data_ptr() != layer.weight.qweight.data_ptr()
+
+
+def test_state_dict_round_trip():
+    a, b = QuantLinear(make(16, 64)), QuantLinear(make(16, 64, kind="minima"))
+    with torch.no_grad():
+        b.qweight.zero_()
+    b.load_state_dict(a.state_dict())
+    x = torch.randn(2, 64)
+    assert torch.equal(a(x), b(x))
+    b.load_state_dict({k: v.clone() for k, v in a.state_dict().items()}, assign=True)
+    assert torch.equal(a(x), b(x))
+    names = {f.name for f in fields(QuantTensor)}
+    assert set(a.state_dict()) <= names
+
+
+@pytest.mark.skipif(_native.C is None, reason="needs the extension")
+def test_every_instruction_set_agrees(dtype):
+    assert _native.C is not None
+    current = _native.cpu_isa()
+    try:
+        for isa in _native.C.isas():
+            _native.C.set_isa(isa)
+            for M in (1, 5, 13):
+                check(make(35, 160), torch.randn(M, 160), dtype)
+                check(make(35, 160, bits=8), torch.randn(M, 160), dtype, activations="int8")
+    finally:
+        _native.C.set_isa(current)
