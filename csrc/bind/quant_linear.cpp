@@ -94,14 +94,30 @@ Tensor linear(const char* op, int bits, const Tensor& x_in, const Tensor& qweigh
 
   const bool gemv = M <= cpu::GEMV_ROWS && TW_PICK(quant_has_gemv)(w);
   const bool vnni = integer && TW_PICK(quant_has_int8)(w);
-  cpu::QuantActivations a{nullptr, w.K, M, nullptr, nullptr, nullptr, nullptr, nullptr};
+  cpu::QuantActivations a{};
+  a.x_stride = w.K;
+  a.M = M;
   Tensor rows, lanes, sums, codes, block_scales, isums;
   const auto over_rows = [&](const auto& body) {
     at::parallel_for(0, M, M * w.K < SERIAL ? M : 8, [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) body(m);
     });
   };
-  if (vnni) {
+  const int slices = integer ? 1 : 3;
+  bool fixed = gemv && TW_PICK(quant_has_int8)(w);
+  if (fixed) {
+    const int64_t row = TW_PICK(quant_fixed_bytes)(w, slices);
+    lanes = at::empty({M * row + M * w.G * 4}, x.options().dtype(at::kByte));
+    uint8_t* l = lanes.mutable_data_ptr<uint8_t>();
+    float* s = reinterpret_cast<float*>(l + M * row);
+    const auto prepare = TW_PICK(quant_prepare_fixed);
+    for (int64_t m = 0; m < M && fixed; ++m)
+      fixed = prepare(w, x_ptr + m * x_bytes, dtype, slices, l + m * row, s + m * w.G);
+    a.fixed = l, a.sums = s;
+  }
+  if (fixed) {
+    // prepared above
+  } else if (vnni && !gemv) {
     codes = at::empty({M, pad}, x.options().dtype(at::kChar));
     block_scales = at::empty({M, pad / 32}, x.options().dtype(at::kFloat));
     isums = at::empty({M, pad / 32}, x.options().dtype(at::kInt));
@@ -110,24 +126,17 @@ Tensor linear(const char* op, int bits, const Tensor& x_in, const Tensor& qweigh
     float* s = block_scales.mutable_data_ptr<float>();
     int32_t* i = isums.mutable_data_ptr<int32_t>();
     over_rows([&](int64_t m) {
-      prepare(w, x_ptr + m * x_bytes, dtype, gemv, c + m * pad, s + m * (pad / 32),
-              i + m * (pad / 32), nullptr);
+      prepare(w, x_ptr + m * x_bytes, dtype, c + m * pad, s + m * (pad / 32), i + m * (pad / 32),
+              nullptr);
     });
     a.codes = c, a.scales = s, a.isums = i;
-    if (gemv && (zeros || minima)) {  // sums of the rounded x over each group
-      const int64_t blocks = w.K / 32;
-      sums = (block_scales.narrow(1, 0, blocks) * isums.narrow(1, 0, blocks))
-                 .view({M, w.G, blocks / w.G})
-                 .sum(-1);
-      a.sums = sums.const_data_ptr<float>();
-    }
   } else {
     if (integer) {
       rows = at::empty({M, w.K}, x.options().dtype(at::kFloat));
       float* r = rows.mutable_data_ptr<float>();
       const auto prepare = TW_PICK(quant_prepare_int8);
       over_rows([&](int64_t m) {
-        prepare(w, x_ptr + m * x_bytes, dtype, gemv, nullptr, nullptr, nullptr, r + m * w.K);
+        prepare(w, x_ptr + m * x_bytes, dtype, nullptr, nullptr, nullptr, r + m * w.K);
       });
     } else {
       rows = as_float(x);
@@ -145,8 +154,13 @@ Tensor linear(const char* op, int bits, const Tensor& x_in, const Tensor& qweigh
   }
 
   void* out = y.mutable_data_ptr();
-  if (gemv) {
-    const auto run = vnni ? TW_PICK(quant_gemv_int8) : TW_PICK(quant_gemv);
+  if (fixed) {
+    const auto run = TW_PICK(quant_gemv_fixed);
+    over_columns(w.N, w.N * w.K, 4, [&](int64_t begin, int64_t end) {
+      run(w, a, slices, bias_ptr, out, w.N, dtype, begin, end);
+    });
+  } else if (gemv) {
+    const auto run = TW_PICK(quant_gemv);
     over_columns(w.N, w.N * w.K, 4, [&](int64_t begin, int64_t end) {
       run(w, a, bias_ptr, out, w.N, dtype, begin, end);
     });
@@ -173,8 +187,10 @@ Tensor dgrad(const char* op, int bits, const Tensor& dy_in, const Tensor& qweigh
   if (M == 0 || w.K == 0) return dx;
   if (w.N == 0) return dx.zero_();
   const Tensor dy = as_float(dy_in);
-  const cpu::QuantActivations a{dy.const_data_ptr<float>(), w.N,     M,      nullptr,
-                                nullptr,                    nullptr, nullptr, nullptr};
+  cpu::QuantActivations a{};
+  a.x = dy.const_data_ptr<float>();
+  a.x_stride = w.N;
+  a.M = M;
   const auto run = TW_PICK(quant_dgrad);
   const int64_t block = TW_PICK(quant_block)(), room = TW_PICK(quant_scratch)(M);
   void* out = dx.mutable_data_ptr();

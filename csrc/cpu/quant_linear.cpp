@@ -52,25 +52,43 @@ bool row_scales(const QuantWeight& w, int64_t n, int64_t g0, int64_t count, floa
   return w.minima || w.zeros;
 }
 
+#if defined(__AVX2__)
+// sum_g offset[g] * sums[g] of row n, and its G scales as float32 into `scale`: one pass.
+template <class S>
+TW_INLINE float scales_and_offset(const QuantWeight& w, int64_t n, const float* sums, float* scale) {
+  const S* from = static_cast<const S*>(w.scales) + n * w.G;
+  const S* extra = w.minima  ? static_cast<const S*>(w.minima) + n * w.G
+                   : w.zeros ? static_cast<const S*>(w.zeros) + n * w.G
+                             : nullptr;
+  const float centre = float(1 << (w.bits - 1));
+  Vec acc = set1(0.f);
+  for (int64_t g = 0; g < w.G; g += W) {
+    const int left = int(w.G - g);
+    const Vec s = left >= W ? load(from + g) : load_tail(from + g, left);
+    store(scale + g, s);  // `scale` has room for a whole last vector
+    if (!extra) continue;
+    const Vec e = left >= W ? load(extra + g) : load_tail(extra + g, left);
+    const Vec offset = w.minima ? fma(s, set1(centre), e) : s * (set1(centre) - e);
+    acc = fma(offset, left >= W ? load(sums + g) : load_tail(sums + g, left), acc);
+  }
+  return extra ? reduce_add(acc) : 0.f;
+}
+
+float scales_and_offset(const QuantWeight& w, int64_t n, const float* sums, float* scale) {
+  float sum = 0.f;
+  TW_FOR_DTYPE(w.scale_dtype, S, sum = scales_and_offset<S>(w, n, sums, scale))
+  return sum;
+}
+
+#endif
+
 TW_INLINE int code_at(const QuantWeight& w, int64_t n, int64_t k) {
   if (w.bits == 8) return int(w.codes[n * w.K + k]) - 128;
   const int byte = w.codes[n * (w.K / 2) + k / 2];
   return ((k & 1) ? byte >> 4 : byte & 15) - 8;
 }
 
-TW_INLINE float dot(const float* a, const float* b, int64_t n) {
-  Vec acc = set1(0.f);
-  int64_t i = 0;
-  for (; i + W <= n; i += W) acc = fma(load(a + i), load(b + i), acc);
-  float sum = reduce_add(acc);
-  for (; i < n; ++i) sum += a[i] * b[i];
-  return sum;
-}
-
 // ---- GEMV --------------------------------------------------------------------------------------
-
-// A chunk is what one 64-byte load holds: 128 4-bit or 64 8-bit codes.
-TW_INLINE int64_t chunk_of(int bits) { return bits == 4 ? 128 : 64; }
 
 #if defined(__AVX512F__)
 
@@ -107,7 +125,7 @@ TW_INLINE __m512 lane_scales(const float* scale, int64_t chunk, int64_t group) {
 // MR rows of x against NR rows of w.
 template <int GROUP, int MR, int NR>
 TW_INLINE void gemv4(const QuantWeight& w, const float* lanes, int64_t lanes_stride,
-                     const float (*scale)[GEMV_GROUPS + 4], int64_t n, float (*out)[NR]) {
+                     const float (*scale)[GEMV_GROUPS + 16], int64_t n, float (*out)[NR]) {
   const int64_t group = w.K / w.G, row = w.K / 2;
   const __m512 table = table4();
   __m512 total[MR][NR];
@@ -144,7 +162,7 @@ TW_INLINE void gemv4(const QuantWeight& w, const float* lanes, int64_t lanes_str
 
 template <int GROUP, int MR, int NR>
 TW_INLINE void gemv8(const QuantWeight& w, const float* lanes, int64_t lanes_stride,
-                     const float (*scale)[GEMV_GROUPS + 4], int64_t n, float (*out)[NR]) {
+                     const float (*scale)[GEMV_GROUPS + 16], int64_t n, float (*out)[NR]) {
   [[maybe_unused]] const int64_t group = w.K / w.G;
   __m512 total[MR][NR];
   for (int m = 0; m < MR; ++m)
@@ -224,7 +242,7 @@ TW_INLINE void gemv_avx2(const QuantWeight& w, const float* lanes, int64_t lanes
 }  // namespace
 
 bool quant_has_gemv(const QuantWeight& w) {
-  const int64_t group = w.K / w.G;
+  [[maybe_unused]] const int64_t group = w.K / w.G;
   if (w.G > GEMV_GROUPS) return false;
 #if defined(__AVX512F__)
   return w.G == 1 || group == 32 || group == 64 || group % 128 == 0;
@@ -249,7 +267,7 @@ void quant_prepare_float(const QuantWeight& w, const void* x, DType dtype, float
   if (out) to_floats(x, dtype, 0, out, w.K);
   if (!lanes) return;
   const float* row = out ? out : static_cast<const float*>(x);
-  const int64_t group = w.K / w.G;
+  [[maybe_unused]] const int64_t group = w.K / w.G;
 #if defined(__AVX512F__)
   if (w.bits == 4) {
     const __m512i eights = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104,
@@ -290,7 +308,7 @@ void quant_prepare_float(const QuantWeight& w, const void* x, DType dtype, float
   }
 }
 
-void quant_prepare_int8(const QuantWeight& w, const void* x, DType dtype, bool gemv, int8_t* codes,
+void quant_prepare_int8(const QuantWeight& w, const void* x, DType dtype, int8_t* codes,
                         float* scales, int32_t* isums, float* fake) {
   const int64_t group = w.K / w.G, block = group % 32 == 0 ? 32 : group;
   for (int64_t b = 0; b * block < w.K; ++b) {
@@ -309,10 +327,7 @@ void quant_prepare_int8(const QuantWeight& w, const void* x, DType dtype, bool g
         fake[k] = q * scale;
         continue;
       }
-      int64_t at = k;
-      // a 64-byte load holds the even k in its low nibbles, the odd in its high ones
-      if (gemv && w.bits == 4) at = k / 128 * 128 + (k & 1) * 64 + k % 128 / 2;
-      codes[at] = int8_t(q);
+      codes[k] = int8_t(q);
       sum += int32_t(q);
     }
     if (!fake) {
@@ -321,10 +336,7 @@ void quant_prepare_int8(const QuantWeight& w, const void* x, DType dtype, bool g
     }
   }
   if (fake) return;
-  for (int64_t k = w.K; k < padded(w.K); ++k) {
-    const int64_t at = gemv && w.bits == 4 ? k / 128 * 128 + (k & 1) * 64 + k % 128 / 2 : k;
-    codes[at] = 0;
-  }
+  for (int64_t k = w.K; k < padded(w.K); ++k) codes[k] = 0;
   for (int64_t b = w.K / 32; b < padded(w.K) / 32; ++b) {
     scales[b] = 0.f;
     isums[b] = 0;
@@ -333,33 +345,30 @@ void quant_prepare_int8(const QuantWeight& w, const void* x, DType dtype, bool g
 
 namespace {
 
-// y[m, n] = dots[m] + sum_g offset[g] * sums[m, g] + bias[n]
-TW_INLINE void finish(const QuantWeight& w, const float* sums, const float* offset, float value,
-                      const void* bias, void* y, DType dtype, int64_t m, int64_t n,
-                      int64_t y_stride) {
-  if (offset) value += dot(offset, sums + m * w.G, w.G);
-  if (bias) value += scalar_at(bias, dtype, n);
-  store_as(y, dtype, m * y_stride + n, value);
+constexpr int64_t SCALES = GEMV_GROUPS + 16;  // a row's scales, and room for a vector past the end
+
+TW_INLINE void finish(float value, const void* bias, void* y, DType dtype, int64_t n, int64_t at) {
+  store_as(y, dtype, at, bias ? value + scalar_at(bias, dtype, n) : value);
 }
 
 #if defined(__AVX512F__)
 template <int GROUP, int MR, int NR>
 void gemv_rows(const QuantWeight& w, const QuantActivations& a, int64_t m0, const void* bias,
                void* y, int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
-  float scale[NR][GEMV_GROUPS + 4], offset[NR][GEMV_GROUPS + 4], out[MR][NR];
+  float scale[NR][SCALES], offset[MR][NR], out[MR][NR];
   const int64_t stride = padded(w.K);
   const float* lanes = a.lanes + m0 * stride;
   for (int64_t n = begin; n < end; n += NR) {
     // the last step is taken back to end at `end`: a few outputs are computed twice, alike
     if (n + NR > end) n = end - NR;
-    bool has_offset = false;
-    for (int r = 0; r < NR; ++r) has_offset = row_scales(w, n + r, 0, w.G, scale[r], offset[r]);
+    for (int m = 0; m < MR; ++m)
+      for (int r = 0; r < NR; ++r)
+        offset[m][r] = scales_and_offset(w, n + r, a.sums + (m0 + m) * w.G, scale[r]);
     if (w.bits == 4) gemv4<GROUP, MR, NR>(w, lanes, stride, scale, n, out);
     else gemv8<GROUP, MR, NR>(w, lanes, stride, scale, n, out);
     for (int m = 0; m < MR; ++m)
       for (int r = 0; r < NR; ++r)
-        finish(w, a.sums, has_offset ? offset[r] : nullptr, out[m][r], bias, y, dtype, m0 + m, n + r,
-               y_stride);
+        finish(out[m][r] + offset[m][r], bias, y, dtype, n + r, (m0 + m) * y_stride + n + r);
   }
 }
 
@@ -381,14 +390,14 @@ void gemv_all(const QuantWeight& w, const QuantActivations& a, const void* bias,
 template <int BITS, int MR>
 void gemv_rows(const QuantWeight& w, const QuantActivations& a, int64_t m0, const void* bias,
                void* y, int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
-  float scale[GEMV_GROUPS], offset[GEMV_GROUPS], out[MR][1];
+  float scale[SCALES], offset[MR], out[MR][1];
   const int64_t stride = padded(w.K);
   for (int64_t n = begin; n < end; ++n) {
-    const bool has_offset = row_scales(w, n, 0, w.G, scale, offset);
+    for (int m = 0; m < MR; ++m)
+      offset[m] = scales_and_offset(w, n, a.sums + (m0 + m) * w.G, scale);
     gemv_avx2<BITS, MR>(w, a.lanes + m0 * stride, stride, scale, n, out);
     for (int m = 0; m < MR; ++m)
-      finish(w, a.sums, has_offset ? offset : nullptr, out[m][0], bias, y, dtype, m0 + m, n,
-             y_stride);
+      finish(out[m][0] + offset[m], bias, y, dtype, n, (m0 + m) * y_stride + n);
   }
 }
 
@@ -417,93 +426,278 @@ void quant_gemv(const QuantWeight& w, const QuantActivations& a, const void* bia
 #if defined(__AVX512VNNI__)
 namespace {
 
-template <int BITS, int GROUP, int NR>
-TW_INLINE void gemv_vnni(const QuantWeight& w, const int8_t* x, const float* x_scale,
-                         const int32_t* isums, const float (*scale)[GEMV_GROUPS + 4], int64_t n,
-                         float* out) {
-  constexpr int PER_LANE = BITS == 4 ? 8 : 4, SPAN = 16 * PER_LANE;
-  const int64_t group = w.K / w.G, row = w.K * BITS / 8;
-  const __m512i nibble = _mm512_set1_epi8(15);
-  // the block of 32 each lane lies in; sums start at -2^(bits-1) * sum(x): exact, and centred
-  constexpr int L = 32 / PER_LANE;
-  const __m512i index = _mm512_setr_epi32(0, 1 / L, 2 / L, 3 / L, 4 / L, 5 / L, 6 / L, 7 / L, 8 / L,
-                                          9 / L, 10 / L, 11 / L, 12 / L, 13 / L, 14 / L, 15 / L);
-  __m512 total[NR];
-  for (int r = 0; r < NR; ++r) total[r] = _mm512_setzero_ps();
-  for (int64_t c = 0; c * SPAN < w.K; ++c) {
-    const int64_t left = row - c * 64, blocks = c * (SPAN / 32);
-    const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
-    const __m512 xs = _mm512_permutexvar_ps(
-        index, _mm512_castps128_ps512(_mm_loadu_ps(x_scale + blocks)));
-    // one lane of each block carries the correction
-    const __m512i correction = _mm512_maskz_mov_epi32(
-        BITS == 4 ? 0x1111 : 0x0101,
-        _mm512_slli_epi32(_mm512_permutexvar_epi32(
-                              index, _mm512_castsi128_si512(_mm_loadu_si128(
-                                         reinterpret_cast<const __m128i*>(isums + blocks)))),
-                          BITS - 1));
-    const __m512i start = _mm512_sub_epi32(_mm512_setzero_si512(), correction);
-    const __m512i x0 = _mm512_loadu_si512(x + c * SPAN);
-    __m512i x1 = x0;
-    if constexpr (BITS == 4) x1 = _mm512_loadu_si512(x + c * SPAN + 64);
-    for (int r = 0; r < NR; ++r) {
-      const uint8_t* p = w.codes + (n + r) * row + c * 64;
-      _mm_prefetch(reinterpret_cast<const char*>(p + 1024), _MM_HINT_T0);
-      const __m512i codes = _mm512_maskz_loadu_epi8(mask, p);
-      __m512i acc;
-      if constexpr (BITS == 4) {
-        acc = _mm512_dpbusd_epi32(start, _mm512_and_si512(codes, nibble), x0);
-        acc = _mm512_dpbusd_epi32(acc, _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble), x1);
-      } else {
-        acc = _mm512_dpbusd_epi32(start, codes, x0);
+// One chunk of a prepared row: 64 bytes of codes.  4 bits: the even k of each slice, then the odd.
+// Lane l of an accumulator sums PER_LANE consecutive k.
+template <int BITS, int SLICES> struct FixedChunk {
+  static constexpr int PER_LANE = BITS == 4 ? 8 : 4, SPAN = 16 * PER_LANE;
+  // 8-bit codes times 24-bit numbers overflow int32: their last slice has an accumulator of its own
+  static constexpr bool SPLIT = BITS == 8 && SLICES == 3;
+  int8_t slice[SLICES][SPAN];
+  int32_t start[SPLIT ? 2 : 1][16];  // -2^(bits-1) * sum of the lane's numbers: centres the codes
+  float scale[16];                   // of the block of 32 each lane lies in
+};
+
+TW_INLINE float pow2_at(int exponent) { return float_of(uint32_t(exponent + 127) << 23); }
+
+// 32 numbers of x as two vectors; 4 bits: the even k, the odd k.
+template <int BITS, class T>
+TW_INLINE void load32(const T* x, __m512& low, __m512& high) {
+  const __m512 a = load(x).v, b = load(x + 16).v;
+  if constexpr (BITS == 8) {
+    low = a, high = b;
+  } else {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    low = _mm512_permutex2var_ps(a, even, b);
+    high = _mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
+  }
+}
+
+// Sums of PER_LANE consecutive k, as 32 / PER_LANE lanes.
+template <int BITS> TW_INLINE void lane_sums(__m512i low, __m512i high, int32_t* out) {
+  alignas(64) int32_t lanes[32];
+  _mm512_store_si512(lanes, low);
+  _mm512_store_si512(lanes + 16, high);
+  if constexpr (BITS == 4) {  // lane l: even and odd k of 8 l .. 8 l + 7
+    for (int l = 0; l < 4; ++l) {
+      int32_t sum = 0;
+      for (int j = 0; j < 4; ++j) sum += lanes[4 * l + j] + lanes[16 + 4 * l + j];
+      out[l] = -8 * sum;
+    }
+  } else {
+    for (int l = 0; l < 8; ++l) {
+      int32_t sum = 0;
+      for (int j = 0; j < 4; ++j) sum += lanes[4 * l + j];
+      out[l] = -128 * sum;
+    }
+  }
+}
+
+template <int BITS, int SLICES, class T>
+bool prepare_fixed(const QuantWeight& w, const T* x, uint8_t* fixed, float* sums) {
+  using Chunk = FixedChunk<BITS, SLICES>;
+  constexpr int BLOCKS = Chunk::SPAN / 32, LANES = 32 / Chunk::PER_LANE;
+  Chunk* chunks = reinterpret_cast<Chunk*>(fixed);
+  const int64_t blocks = w.K / 32, group_blocks = blocks / w.G;
+  float group_sum = 0.f;
+  for (int64_t b = 0; b < blocks; ++b) {
+    Chunk& chunk = chunks[b / BLOCKS];
+    const int at = int(b % BLOCKS);
+    __m512 low, high;
+    load32<BITS>(x + b * 32, low, high);
+    const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+    float scale, inverse;
+    if constexpr (SLICES == 1) {
+      scale = largest / 127.f;
+      inverse = scale > 0 ? 1.f / scale : 0.f;
+    } else {
+      // nan fails both comparisons; below, the scale would leave the normal range
+      if (!(largest == 0.f || (largest > 0x1p-90f && largest < 0x1p127f))) return false;
+      const int exponent = int(bits_of(largest) >> 23) - 127;
+      // the largest, rounded, must leave a first slice of 127 at most: 127.5 * 2^16 at most in all
+      const int shift = largest * pow2_at(-exponent) < 1.9921875f ? 22 - exponent : 21 - exponent;
+      scale = largest > 0 ? pow2_at(-shift) : 0.f;
+      inverse = largest > 0 ? pow2_at(shift > 127 ? 127 : shift) : 0.f;
+    }
+    const __m512 inv = _mm512_set1_ps(inverse);
+    __m512i lo = _mm512_cvtps_epi32(_mm512_mul_ps(low, inv));
+    __m512i hi = _mm512_cvtps_epi32(_mm512_mul_ps(high, inv));
+    if constexpr (SLICES == 1) {
+      const __m512i top = _mm512_set1_epi32(127), bottom = _mm512_set1_epi32(-127);
+      lo = _mm512_max_epi32(_mm512_min_epi32(lo, top), bottom);
+      hi = _mm512_max_epi32(_mm512_min_epi32(hi, top), bottom);
+      lane_sums<BITS>(lo, hi, chunk.start[0] + at * LANES);
+      group_sum += scale * float(_mm512_reduce_add_epi32(_mm512_add_epi32(lo, hi)));
+    } else {
+      if constexpr (!Chunk::SPLIT) lane_sums<BITS>(lo, hi, chunk.start[0] + at * LANES);
+      group_sum += _mm512_reduce_add_ps(_mm512_add_ps(low, high));
+    }
+    const __m512i half = _mm512_set1_epi32(128);
+    for (int i = SLICES - 1; i >= 0; --i) {
+      int8_t* out = chunk.slice[i];
+      const int second = BITS == 4 ? 64 + at * 16 : at * 32 + 16;
+      const int first = BITS == 4 ? at * 16 : at * 32;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + first), _mm512_cvtepi32_epi8(lo));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + second), _mm512_cvtepi32_epi8(hi));
+      if (i == 0) break;
+      const __m512i lo_next = _mm512_srai_epi32(_mm512_add_epi32(lo, half), 8);
+      const __m512i hi_next = _mm512_srai_epi32(_mm512_add_epi32(hi, half), 8);
+      if (Chunk::SPLIT && i == SLICES - 1) {
+        lane_sums<BITS>(_mm512_sub_epi32(lo, _mm512_slli_epi32(lo_next, 8)),
+                        _mm512_sub_epi32(hi, _mm512_slli_epi32(hi_next, 8)),
+                        chunk.start[Chunk::SPLIT] + at * LANES);
+        lane_sums<BITS>(lo_next, hi_next, chunk.start[0] + at * LANES);
       }
-      const __m512 s = _mm512_mul_ps(xs, lane_scales<GROUP, PER_LANE>(scale[r], c, group));
-      total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), s, total[r]);
+      lo = lo_next, hi = hi_next;
+    }
+    for (int l = 0; l < LANES; ++l) chunk.scale[at * LANES + l] = scale;
+    if ((b + 1) % group_blocks == 0) {
+      sums[b / group_blocks] = group_sum;
+      group_sum = 0.f;
     }
   }
-  for (int r = 0; r < NR; ++r) out[r] = _mm512_reduce_add_ps(total[r]);
+  for (int64_t b = blocks; b % BLOCKS; ++b) {  // the rest of the last chunk adds nothing
+    Chunk& chunk = chunks[b / BLOCKS];
+    const int at = int(b % BLOCKS);
+    for (int i = 0; i < SLICES; ++i)
+      for (int j = 0; j < 32; ++j)
+        chunk.slice[i][BITS == 4 ? (j & 16) * 4 + at * 16 + (j & 15) : at * 32 + j] = 0;
+    for (int l = 0; l < LANES; ++l) {
+      chunk.scale[at * LANES + l] = 0.f;
+      for (auto& start : chunk.start) start[at * LANES + l] = 0;
+    }
+  }
+  return true;
 }
 
-template <int BITS, int GROUP, int NR>
-void gemv_vnni_rows(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
-                    int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
-  float scale[NR][GEMV_GROUPS + 4], offset[NR][GEMV_GROUPS + 4], out[NR];
-  const int64_t pad = padded(w.K);
+// Totals of four vectors in one.
+TW_INLINE __m128 reduce4(const __m512 v[4]) {
+  __m256 h[4];
+  for (int i = 0; i < 4; ++i)
+    h[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
+  const __m256 sum = _mm256_hadd_ps(_mm256_hadd_ps(h[0], h[1]), _mm256_hadd_ps(h[2], h[3]));
+  return _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+}
+
+// Scales of row n into `scale`; returns, over 16 lanes, the terms of sum_g offset[g] * sums[g].
+template <class S>
+TW_INLINE __m512 offset_terms(const QuantWeight& w, int64_t n, const float* sums, float* scale) {
+  const S* from = static_cast<const S*>(w.scales) + n * w.G;
+  const S* minima = w.minima ? static_cast<const S*>(w.minima) + n * w.G : nullptr;
+  const S* zeros = w.zeros ? static_cast<const S*>(w.zeros) + n * w.G : nullptr;
+  const Vec centre = set1(float(1 << (w.bits - 1)));
+  Vec acc = set1(0.f);
+  for (int64_t g = 0; g < w.G; g += 16) {
+    const int left = int(w.G - g < 16 ? w.G - g : 16);
+    const Vec s = load_tail(from + g, left);
+    store(scale + g, s);
+    if (minima)
+      acc = fma(fma(s, centre, load_tail(minima + g, left)), load_tail(sums + g, left), acc);
+    else if (zeros)
+      acc = fma(s * (centre - load_tail(zeros + g, left)), load_tail(sums + g, left), acc);
+  }
+  return acc.v;
+}
+
+template <int BITS, int GROUP, int SLICES, class S>
+void gemv_fixed(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
+                int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
+  using Chunk = FixedChunk<BITS, SLICES>;
+  constexpr int NR = 4, SPAN = Chunk::SPAN;
+  const int64_t group = w.K / w.G, row = w.K * BITS / 8, count = (w.K + SPAN - 1) / SPAN;
+  const int64_t row_bytes = count * int64_t(sizeof(Chunk));
+  const __m512i nibble = _mm512_set1_epi8(15);
+  float scale[NR][SCALES];
   for (int64_t n = begin; n < end; n += NR) {
-    if (n + NR > end) n = end - NR;
-    bool has_offset = false;
-    for (int r = 0; r < NR; ++r) has_offset = row_scales(w, n + r, 0, w.G, scale[r], offset[r]);
+    // rows past the end repeat the last one, and are not written
+    int64_t at[NR];
+    for (int r = 0; r < NR; ++r) at[r] = n + r < end ? n + r : end - 1;
     for (int64_t m = 0; m < a.M; ++m) {
-      gemv_vnni<BITS, GROUP, NR>(w, a.codes + m * pad, a.scales + m * (pad / 32),
-                                 a.isums + m * (pad / 32), scale, n, out);
+      const Chunk* x = reinterpret_cast<const Chunk*>(a.fixed + m * row_bytes);
+      __m512 total[NR];
       for (int r = 0; r < NR; ++r)
-        finish(w, a.sums, has_offset ? offset[r] : nullptr, out[r], bias, y, dtype, m, n + r,
-               y_stride);
+        total[r] = offset_terms<S>(w, at[r], a.sums + m * w.G, scale[r]);
+      for (int64_t c = 0; c < count; ++c) {
+        const int64_t left = row - c * 64;
+        const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+        const __m512 x_scale = _mm512_loadu_ps(x[c].scale);
+        for (int r = 0; r < NR; ++r) {
+          const uint8_t* p = w.codes + at[r] * row + c * 64;
+          _mm_prefetch(reinterpret_cast<const char*>(p + NR * row), _MM_HINT_T0);
+          const __m512i codes = _mm512_maskz_loadu_epi8(mask, p);
+          __m512 sum;
+          if constexpr (BITS == 4) {
+            const __m512i low = _mm512_and_si512(codes, nibble);
+            const __m512i high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
+            __m512i acc = _mm512_setzero_si512();
+            for (int i = 0; i < SLICES; ++i) {
+              // the start belongs to the finished sum: it joins at the last slice
+              if (i > 0) acc = _mm512_slli_epi32(acc, 8);
+              if (i == SLICES - 1) acc = _mm512_add_epi32(acc, _mm512_loadu_si512(x[c].start[0]));
+              acc = _mm512_dpbusd_epi32(acc, low, _mm512_loadu_si512(x[c].slice[i]));
+              acc = _mm512_dpbusd_epi32(acc, high, _mm512_loadu_si512(x[c].slice[i] + 64));
+            }
+            sum = _mm512_cvtepi32_ps(acc);
+          } else if constexpr (SLICES == 1) {
+            sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_loadu_si512(x[c].start[0]), codes,
+                                                         _mm512_loadu_si512(x[c].slice[0])));
+          } else {
+            __m512i acc = _mm512_slli_epi32(
+                _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_loadu_si512(x[c].slice[0])), 8);
+            acc = _mm512_add_epi32(acc, _mm512_loadu_si512(x[c].start[0]));
+            acc = _mm512_dpbusd_epi32(acc, codes, _mm512_loadu_si512(x[c].slice[1]));
+            const __m512i last = _mm512_dpbusd_epi32(_mm512_loadu_si512(x[c].start[Chunk::SPLIT]),
+                                                     codes, _mm512_loadu_si512(x[c].slice[SLICES - 1]));
+            sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(256.f),
+                                  _mm512_cvtepi32_ps(last));
+          }
+          const __m512 s =
+              _mm512_mul_ps(x_scale, lane_scales<GROUP, Chunk::PER_LANE>(scale[r], c, group));
+          total[r] = _mm512_fmadd_ps(sum, s, total[r]);
+        }
+      }
+      float out[NR];
+      _mm_storeu_ps(out, reduce4(total));
+      for (int r = 0; r < NR && n + r < end; ++r)
+        finish(out[r], bias, y, dtype, n + r, m * y_stride + n + r);
     }
   }
 }
 
-template <int BITS, int GROUP>
-void gemv_vnni_all(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
-                   int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
-  const auto run = end - begin < 4 ? gemv_vnni_rows<BITS, GROUP, 1> : gemv_vnni_rows<BITS, GROUP, 4>;
-  run(w, a, bias, y, y_stride, dtype, begin, end);
+using GemvFixed = void (*)(const QuantWeight&, const QuantActivations&, const void*, void*, int64_t,
+                           DType, int64_t, int64_t);
+
+template <int BITS, int GROUP, int SLICES> GemvFixed gemv_fixed_for(DType scales) {
+  return scales == DType::F16    ? gemv_fixed<BITS, GROUP, SLICES, f16>
+         : scales == DType::BF16 ? gemv_fixed<BITS, GROUP, SLICES, bf16>
+                                 : gemv_fixed<BITS, GROUP, SLICES, float>;
+}
+
+template <int BITS, int SLICES> GemvFixed gemv_fixed_for(const QuantWeight& w) {
+  const int64_t group = w.K / w.G;
+  if (group == 32) return gemv_fixed_for<BITS, 32, SLICES>(w.scale_dtype);
+  if (group == 64) return gemv_fixed_for<BITS, 64, SLICES>(w.scale_dtype);
+  return gemv_fixed_for<BITS, 128, SLICES>(w.scale_dtype);
 }
 
 }  // namespace
 #endif
 
-void quant_gemv_int8(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
-                     int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
+int64_t quant_fixed_bytes(const QuantWeight& w, int slices) {
 #if defined(__AVX512VNNI__)
-  const int64_t group = w.K / w.G;
-  const int kind = group == 32 ? 0 : group == 64 ? 1 : 2;
-  using Run = void (*)(const QuantWeight&, const QuantActivations&, const void*, void*, int64_t,
-                       DType, int64_t, int64_t);
-  static const Run table[2][3] = {
-      {gemv_vnni_all<4, 32>, gemv_vnni_all<4, 64>, gemv_vnni_all<4, 128>},
-      {gemv_vnni_all<8, 32>, gemv_vnni_all<8, 64>, gemv_vnni_all<8, 128>}};
-  table[w.bits == 8][kind](w, a, bias, y, y_stride, dtype, begin, end);
+  const int64_t span = w.bits == 4 ? 128 : 64;
+  const int64_t chunk = w.bits == 4 ? (slices == 1 ? sizeof(FixedChunk<4, 1>) : sizeof(FixedChunk<4, 3>))
+                                    : (slices == 1 ? sizeof(FixedChunk<8, 1>) : sizeof(FixedChunk<8, 3>));
+  return (w.K + span - 1) / span * chunk;
+#else
+  return 0;
+#endif
+}
+
+bool quant_prepare_fixed(const QuantWeight& w, const void* x, DType dtype, int slices,
+                         uint8_t* fixed, float* sums) {
+#if defined(__AVX512VNNI__)
+  bool fits = false;
+  TW_FOR_DTYPE(dtype, T, {
+    const T* row = static_cast<const T*>(x);
+    if (w.bits == 4)
+      fits = slices == 1 ? prepare_fixed<4, 1>(w, row, fixed, sums)
+                         : prepare_fixed<4, 3>(w, row, fixed, sums);
+    else
+      fits = slices == 1 ? prepare_fixed<8, 1>(w, row, fixed, sums)
+                         : prepare_fixed<8, 3>(w, row, fixed, sums);
+  })
+  return fits;
+#else
+  return false;
+#endif
+}
+
+void quant_gemv_fixed(const QuantWeight& w, const QuantActivations& a, int slices, const void* bias,
+                      void* y, int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
+#if defined(__AVX512VNNI__)
+  const GemvFixed run = w.bits == 4 ? (slices == 1 ? gemv_fixed_for<4, 1>(w) : gemv_fixed_for<4, 3>(w))
+                                    : (slices == 1 ? gemv_fixed_for<8, 1>(w) : gemv_fixed_for<8, 3>(w));
+  run(w, a, bias, y, y_stride, dtype, begin, end);
 #endif
 }
 

@@ -21,9 +21,10 @@ struct QuantActivations {
   int64_t x_stride, M;
   const float* lanes;    // GEMV: [M, chunks, 128 or 64] in the order codes unpack; or null
   const float* sums;     // GEMV: [M, G] sums of x over each group
-  const int8_t* codes;   // int8: [M, K padded], in the order the kernel unpacks weights
-  const float* scales;   // int8: [M, K padded / 32], scale of each block of 32
-  const int32_t* isums;  // int8: [M, K padded / 32], sum of each block's codes
+  const int8_t* codes;   // GEMM int8: [M, K padded]
+  const float* scales;   // GEMM int8: [M, K padded / 32], scale of each block of 32
+  const int32_t* isums;  // GEMM int8: [M, K padded / 32], sum of each block's codes
+  const uint8_t* fixed;  // GEMV in integers: M rows of quant_fixed_bytes
 };
 
 constexpr int GEMV_ROWS = 8;           // up to here weights are unpacked in registers, once
@@ -37,17 +38,26 @@ inline __attribute__((always_inline)) int64_t padded(int64_t k) { return (k + PA
 TW_DECLARE(bool, quant_has_gemv, const QuantWeight& w)
 TW_DECLARE(bool, quant_has_int8, const QuantWeight& w)
 
+// The in-register path in integers.  A row of x becomes fixed-point numbers of `slices` bytes that
+// share a scale in each block of 32: one byte is activations="int8"; three hold float activations,
+// with a power of two for scale and 23 bits and a sign for the block's largest, so that float32
+// loses at most what its own rounding of that largest does.  quant_prepare_fixed returns false
+// where a block is not finite or too small for that: take the float path.
+TW_DECLARE(int64_t, quant_fixed_bytes, const QuantWeight& w, int slices)
+TW_DECLARE(bool, quant_prepare_fixed, const QuantWeight& w, const void* x, DType dtype, int slices,
+           uint8_t* fixed, float* sums)
+TW_DECLARE(void, quant_gemv_fixed, const QuantWeight& w, const QuantActivations& a, int slices,
+           const void* bias, void* y, int64_t y_stride, DType dtype, int64_t begin, int64_t end)
+
 // One row of x to float32, its lane order and group sums (lanes, sums may be null).
 TW_DECLARE(void, quant_prepare_float, const QuantWeight& w, const void* x, DType dtype, float* out,
            float* lanes, float* sums)
 // One row to int8 blocks; `fake` writes scale * code back as float32 instead of the codes.
-TW_DECLARE(void, quant_prepare_int8, const QuantWeight& w, const void* x, DType dtype, bool gemv,
+TW_DECLARE(void, quant_prepare_int8, const QuantWeight& w, const void* x, DType dtype,
            int8_t* codes, float* scales, int32_t* isums, float* fake)
 
 // Output features [begin, end) of y [M, N], rows y_stride apart.
 TW_DECLARE(void, quant_gemv, const QuantWeight& w, const QuantActivations& a, const void* bias,
-           void* y, int64_t y_stride, DType dtype, int64_t begin, int64_t end)
-TW_DECLARE(void, quant_gemv_int8, const QuantWeight& w, const QuantActivations& a, const void* bias,
            void* y, int64_t y_stride, DType dtype, int64_t begin, int64_t end)
 // Blocks [begin, end) of quant_block() columns of y; `scratch` holds quant_scratch(M) floats.
 TW_DECLARE(int64_t, quant_block)

@@ -172,6 +172,26 @@ template <class T> TW_INLINE void store(T* p, Vec a) { *p = from_float<T>(a.v); 
 
 #endif
 
+// The first n < W elements; the other lanes read as 0.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+TW_INLINE Vec load_tail(const float* p, int n) {
+  return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)};
+}
+TW_INLINE Vec load_tail(const bf16* p, int n) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(
+      _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p)), 16))};
+}
+TW_INLINE Vec load_tail(const f16* p, int n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p))};
+}
+#else
+template <class T> TW_INLINE Vec load_tail(const T* p, int n) {
+  float lanes[W] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = to_float(p[i]);
+  return load(static_cast<const float*>(lanes));
+}
+#endif
+
 // The first n < W elements; the other lanes read as `fill`, and are not written.
 template <class T> TW_INLINE Vec load_n(const T* p, int n, float fill = 0.f) {
   float lanes[W];

@@ -10,7 +10,7 @@ where g = k // group, or g_idx[k].  4-bit codes lie two a byte along K, the even
 nibble.  This layout is the same on every device and instruction set, and it is what is saved.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class QuantTensor:
     minima: Tensor | None = None
     g_idx: Tensor | None = None
     bits: int = 4
+    shape: torch.Size = field(init=False)  # (N, K); kept, since every call of a layer asks for it
 
     def __post_init__(self) -> None:
         q, s = self.qweight, self.scales
@@ -40,6 +41,8 @@ class QuantTensor:
             raise ValueError(f"QuantTensor: bits must be 4 or 8, not {self.bits}")
         if q.dim() != 2 or q.dtype != torch.uint8:
             raise ValueError(f"QuantTensor: qweight must be 2-D uint8, not {q.dtype} {list(q.shape)}")
+        shape = torch.Size((q.shape[0], q.shape[1] * (8 // self.bits)))
+        object.__setattr__(self, "shape", shape)
         if s.dim() != 2 or s.dtype not in SCALE_DTYPES or s.shape[0] != q.shape[0]:
             raise ValueError(
                 f"QuantTensor: scales {s.dtype} {list(s.shape)} do not fit qweight {list(q.shape)}"
@@ -72,15 +75,11 @@ class QuantTensor:
 
     @property
     def out_features(self) -> int:
-        return self.qweight.shape[0]
+        return self.shape[0]
 
     @property
     def in_features(self) -> int:
-        return self.qweight.shape[1] * (8 // self.bits)
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((self.out_features, self.in_features))
+        return self.shape[1]
 
     @property
     def group(self) -> int:

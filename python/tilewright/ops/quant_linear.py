@@ -73,7 +73,7 @@ def quant_linear(
         if x.dtype != torch.float64:
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-    K = w.in_features
+    N, K = w.shape
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(
             f"quant_linear: x {list(x.shape)} does not fit a weight of shape {list(w.shape)}"
@@ -83,24 +83,24 @@ def quant_linear(
     if x.device != w.qweight.device:
         raise ValueError(f"quant_linear: x is on {x.device}, the weight on {w.qweight.device}")
     if bias is not None and (
-        bias.shape != (w.out_features,) or bias.dtype != x.dtype or bias.device != x.device
+        bias.shape != (N,) or bias.dtype != x.dtype or bias.device != x.device
     ):
         raise ValueError(
             f"quant_linear: bias {bias.dtype} {list(bias.shape)} on {bias.device} does not fit "
             f"x {x.dtype} on {x.device} and a weight of shape {list(w.shape)}"
         )
-    if activations not in ("float", "int8"):
+    if activations != "float" and activations != "int8":
         raise ValueError(
             f"quant_linear: activations must be 'float' or 'int8', not {activations!r}"
         )
     if w.g_idx is not None or not _op.serves("quant_linear", x):
         return _op.twin("quant_linear")(x, w, bias, activations=activations)
-    x_MK = x if x.dim() == 2 else x.reshape(-1, K)
-    args = (x_MK, w.qweight, w.scales, w.zeros, w.minima, bias)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        y = _QuantLinear.apply(*args, w.bits, activations)
+    flat = x.dim() == 2
+    x_MK = x if flat else x.reshape(-1, K)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        y = _QuantLinear.apply(
+            x_MK, w.qweight, w.scales, w.zeros, w.minima, bias, w.bits, activations
+        )
     else:
-        y = _linear[w.bits](*args, activations)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], w.out_features)
+        y = _linear[w.bits](x_MK, w.qweight, w.scales, w.zeros, w.minima, bias, activations)
+    return y if flat else y.view(*x.shape[:-1], N)
