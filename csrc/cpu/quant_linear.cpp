@@ -715,22 +715,31 @@ constexpr int MR = 4, NV = 16;  // 16 columns a block, as wide as the tables els
 constexpr int64_t NB = NV * W;     // columns a block
 constexpr int64_t KC = 512;        // panel depth: MR * KC floats of x stay in L1
 
+// Terms summed before they join the total: a long running sum would round every term to its size.
+constexpr int64_t SEGMENT = W == 1 ? 16 : 4 * W;
+
 // out[r, NB] += x[r, kc] panel[kc, NB] for R <= MR rows.
 template <int R>
 TW_INLINE void micro(const float* x, int64_t x_stride, const float* panel, int64_t kc, float* out) {
-  Vec acc[R][NV];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) acc[r][v] = load(out + r * NB + v * W);
-  for (int64_t k = 0; k < kc; ++k) {
-    Vec b[NV];
-    for (int v = 0; v < NV; ++v) b[v] = load(panel + k * NB + v * W);
-    for (int r = 0; r < R; ++r) {
-      const Vec a = set1(x[r * x_stride + k]);
-      for (int v = 0; v < NV; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
+  for (int64_t k0 = 0; k0 < kc; k0 += SEGMENT) {
+    const int64_t stop = k0 + SEGMENT < kc ? k0 + SEGMENT : kc;
+    Vec acc[R][NV];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < NV; ++v) acc[r][v] = set1(0.f);
+    for (int64_t k = k0; k < stop; ++k) {
+      Vec b[NV];
+      for (int v = 0; v < NV; ++v) b[v] = load(panel + k * NB + v * W);
+      for (int r = 0; r < R; ++r) {
+        const Vec a = set1(x[r * x_stride + k]);
+        for (int v = 0; v < NV; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
+      }
     }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < NV; ++v) {
+        float* to = out + r * NB + v * W;
+        store(to, load(static_cast<const float*>(to)) + acc[r][v]);
+      }
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) store(out + r * NB + v * W, acc[r][v]);
 }
 
 void micro_rows(int rows, const float* x, int64_t x_stride, const float* panel, int64_t kc,
