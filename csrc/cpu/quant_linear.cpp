@@ -312,23 +312,26 @@ void quant_prepare_int8(const QuantWeight& w, const void* x, DType dtype, int8_t
                         float* scales, int32_t* isums, float* fake) {
   const int64_t group = w.K / w.G, block = group % 32 == 0 ? 32 : group;
   for (int64_t b = 0; b * block < w.K; ++b) {
+    float numbers[32];  // a longer block is read again for each use
+    const bool whole = block == 32;
+    if (whole) to_floats(x, dtype, b * 32, numbers, 32);
+    const auto at = [&](int64_t j) { return whole ? numbers[j] : scalar_at(x, dtype, b * block + j); };
     float largest = 0.f;
     for (int64_t j = 0; j < block; ++j) {
-      const float v = scalar_at(x, dtype, b * block + j), size = v < 0 ? -v : v;
+      const float size = __builtin_fabsf(at(j));
       largest = size > largest ? size : largest;
     }
     const float scale = largest / 127.f, inverse = scale > 0 ? 1.f / scale : 0.f;
     int32_t sum = 0;
     for (int64_t j = 0; j < block; ++j) {
-      const int64_t k = b * block + j;
-      float q = __builtin_rintf(scalar_at(x, dtype, k) * inverse);
+      float q = __builtin_rintf(at(j) * inverse);
       q = q > 127.f ? 127.f : q < -127.f ? -127.f : q;
       if (fake) {
-        fake[k] = q * scale;
-        continue;
+        fake[b * block + j] = q * scale;
+      } else {
+        codes[b * block + j] = int8_t(q);
+        sum += int32_t(q);
       }
-      codes[k] = int8_t(q);
-      sum += int32_t(q);
     }
     if (!fake) {
       scales[b] = scale;
@@ -716,7 +719,7 @@ constexpr int64_t NB = NV * W;     // columns a block
 constexpr int64_t KC = 512;        // panel depth: MR * KC floats of x stay in L1
 
 // Terms summed before they join the total: a long running sum would round every term to its size.
-constexpr int64_t SEGMENT = W == 1 ? 16 : 4 * W;
+constexpr int64_t SEGMENT = W == 1 ? 16 : 8 * W;
 
 // out[r, NB] += x[r, kc] panel[kc, NB] for R <= MR rows.
 template <int R>
@@ -805,14 +808,25 @@ void fill_columns(const QuantWeight& w, int64_t n0, int64_t k0, int64_t kc, floa
     for (int64_t k = 0; k < kc; ++k) panel[k * NB + c] = 0.f;
 }
 
+template <class T>
+void write_block(const float* out, int64_t M, int64_t columns, const T* bias, T* y,
+                 int64_t y_stride) {
+  const int64_t whole = columns / W * W;
+  for (int64_t m = 0; m < M; ++m, out += NB, y += y_stride) {
+    for (int64_t c = 0; c < whole; c += W)
+      store(y + c, bias ? load(out + c) + load(bias + c) : load(out + c));
+    for (int64_t c = whole; c < columns; ++c)
+      y[c] = from_float<T>(bias ? out[c] + to_float(bias[c]) : out[c]);
+  }
+}
+
 void write_block(const float* out, int64_t M, int64_t n0, int64_t N, const void* bias, void* y,
                  int64_t y_stride, DType dtype) {
   const int64_t columns = N - n0 < NB ? N - n0 : NB;
-  for (int64_t m = 0; m < M; ++m)
-    for (int64_t c = 0; c < columns; ++c) {
-      const float b = bias ? scalar_at(bias, dtype, n0 + c) : 0.f;
-      store_as(y, dtype, m * y_stride + n0 + c, out[m * NB + c] + b);
-    }
+  TW_FOR_DTYPE(dtype, T, {
+    const T* b = bias ? static_cast<const T*>(bias) + n0 : nullptr;
+    write_block(out, M, columns, b, static_cast<T*>(y) + n0, y_stride);
+  })
 }
 
 }  // namespace
@@ -909,8 +923,14 @@ void fill_int8(const QuantWeight& w, int64_t n0, int64_t k0, int64_t kc, uint8_t
   const int64_t group = w.K / w.G, columns = w.N - n0 < NB ? w.N - n0 : NB;
   for (int64_t c = 0; c < NB; ++c) {
     const int64_t n = n0 + (c < columns ? c : columns - 1);  // repeats are never written out
-    for (int64_t b = 0; b < kc / 32; ++b)
-      row_scales(w, n, (k0 + b * 32) / group, 1, scale + b * NB + c, offset + b * NB + c);
+    if (group == 32) {
+      float s[KC / 32], o[KC / 32] = {};
+      row_scales(w, n, k0 / 32, kc / 32, s, o);
+      for (int64_t b = 0; b < kc / 32; ++b) scale[b * NB + c] = s[b], offset[b * NB + c] = o[b];
+    } else {
+      for (int64_t b = 0; b < kc / 32; ++b)
+        row_scales(w, n, (k0 + b * 32) / group, 1, scale + b * NB + c, offset + b * NB + c);
+    }
     if (w.bits == 8) {
       const uint8_t* p = w.codes + n * w.K + k0;
       for (int64_t k = 0; k < kc; k += 4) __builtin_memcpy(codes + k * NB + c * 4, p + k, 4);
