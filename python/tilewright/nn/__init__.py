@@ -1,4 +1,11 @@
 """Drop-in modules: subclasses of torch.nn where one exists, with its state dict."""
 
+from tilewright.nn.geglu import GeGLU
+from tilewright.nn.rope import RotaryEmbedding
+from tilewright.nn.swiglu import SwiGLU
+
 __all__ = [
+    "GeGLU",
+    "RotaryEmbedding",
+    "SwiGLU",
 ]

@@ -1,4 +1,11 @@
 """The specification of every op, in eager PyTorch: same names and signatures as ops/."""
 
+from tilewright.reference.geglu import geglu
+from tilewright.reference.rope import rope
+from tilewright.reference.swiglu import swiglu
+
 __all__ = [
+    "geglu",
+    "rope",
+    "swiglu",
 ]
