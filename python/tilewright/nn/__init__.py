@@ -1,7 +1,13 @@
 """Drop-in modules: subclasses of torch.nn where one exists, with its state dict."""
 
+from tilewright.nn.geglu import GeGLU
 from tilewright.nn.quant_linear import QuantLinear
+from tilewright.nn.rope import RotaryEmbedding
+from tilewright.nn.swiglu import SwiGLU
 
 __all__ = [
+    "GeGLU",
     "QuantLinear",
+    "RotaryEmbedding",
+    "SwiGLU",
 ]
