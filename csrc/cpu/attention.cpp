@@ -14,7 +14,6 @@ namespace {
 constexpr int L = ATTENTION_LANES, NB = ATTENTION_BLOCK, CHUNK = ATTENTION_CHUNK;
 constexpr float LOWEST = -3.402823466e38f;  // a running maximum that -inf minus it is not nan
 constexpr float INF = __builtin_inff();
-constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 
 // Register tile: MR broadcasts x NV vectors of accumulators fill 24 of AVX-512's 32 registers, 12
 // of AVX2's 16.
@@ -31,22 +30,9 @@ template <class T> TW_INLINE T* at(const AttentionView& x, int64_t b, int64_t h,
   return static_cast<T*>(x.data) + b * x.batch + h * x.head + row * x.row;
 }
 
-// 2^x for x <= 0 within 2 ulp, 0 below -200 (so of -inf too), nan of nan.
-TW_INLINE Vec exp2(Vec x) {
-  const Vec clamped = max(set1(-200.f), x);  // this order keeps a nan
-  const Vec n = round_nearest(clamped), r = clamped - n;
-  Vec p = set1(1.535336188319500e-4f);  // Cephes exp2f, |r| <= 1/2
-  p = fma(p, r, set1(1.339887440266574e-3f));
-  p = fma(p, r, set1(9.618437357674640e-3f));
-  p = fma(p, r, set1(5.550332471162809e-2f));
-  p = fma(p, r, set1(2.402264791363012e-1f));
-  p = fma(p, r, set1(6.931472028550421e-1f));
-  p = fma(p, r, set1(1.f));
-  return scale_pow2(p, n);
-}
-TW_INLINE float exp2(float x) {
+TW_INLINE float exp(float x) {
   float lanes[W];
-  store(static_cast<float*>(lanes), exp2(set1(x)));
+  store(static_cast<float*>(lanes), exp(set1(x)));
   return lanes[0];
 }
 
@@ -61,10 +47,7 @@ TW_INLINE void micro(const float* A, int64_t sa, const float* B, float* C, int64
 #pragma GCC unroll 8
   for (int i = 0; i < M_; ++i)
 #pragma GCC unroll 3
-    for (int n = 0; n < N_; ++n) {
-      acc[i][n] = MODE == SET ? set1(0.f) : load(C + i * L + n * W);
-      if (MODE == RESCALE) acc[i][n] = acc[i][n] * load(alpha + n * W);
-    }
+    for (int n = 0; n < N_; ++n) acc[i][n] = set1(0.f);
   for (int64_t k = 0; k < K; ++k) {
     Vec b[N_];
 #pragma GCC unroll 3
@@ -79,7 +62,13 @@ TW_INLINE void micro(const float* A, int64_t sa, const float* B, float* C, int64
 #pragma GCC unroll 8
   for (int i = 0; i < M_; ++i)
 #pragma GCC unroll 3
-    for (int n = 0; n < N_; ++n) store(C + i * L + n * W, acc[i][n]);
+    for (int n = 0; n < N_; ++n) {
+      float* c = C + i * L + n * W;
+      // adding only now sums in blocks, whose error grows slower than one long chain's
+      if (MODE == ADD) acc[i][n] = load(static_cast<const float*>(c)) + acc[i][n];
+      if (MODE == RESCALE) acc[i][n] = fma(load(static_cast<const float*>(c)), load(alpha + n * W), acc[i][n]);
+      store(c, acc[i][n]);
+    }
 }
 
 template <int N_, bool ALONG_K, Mode MODE>
@@ -146,7 +135,7 @@ TW_INLINE void clear(float* p, int64_t n) { __builtin_memset(p, 0, size_t(n) * s
 // ones alternate: 0, n-1, 1, n-2, ...
 TW_INLINE int64_t folded(int64_t t, int64_t n) { return t % 2 ? n - 1 - t / 2 : t / 2; }
 
-// One online-softmax step over scores [count, L] (base 2): the scores become probabilities, m and l
+// One online-softmax step over scores [count, L]: the scores become probabilities, m and l
 // the running maximum and sum, alpha what the output so far is scaled by.
 TW_INLINE void softmax_step(float* scores, int64_t count, int vectors, float* m, float* l, float* alpha) {
   for (int c = 0; c < vectors; ++c) {
@@ -160,10 +149,10 @@ TW_INLINE void softmax_step(float* scores, int64_t count, int vectors, float* m,
     }
     if (j < count) top = max(top, load(static_cast<const float*>(s + j * L)));
     top = max(top, other);
-    const Vec a = exp2(old - top);
+    const Vec a = exp(old - top);
     Vec sum = load(static_cast<const float*>(l + c * W)) * a;
     for (j = 0; j < count; ++j) {
-      const Vec p = exp2(load(static_cast<const float*>(s + j * L)) - top);
+      const Vec p = exp(load(static_cast<const float*>(s + j * L)) - top);
       store(s + j * L, p);
       sum = sum + p;
     }
@@ -212,7 +201,7 @@ template <class T> void prefill_tile(const AttentionArgs& a, int64_t item, float
   for (int lane = 0; lane < L; ++lane) m[lane] = LOWEST, l[lane] = 0.f;
   for (int lane = 0; lane < x.rows; ++lane) {
     const int64_t row = x.first + lane;
-    transpose_in(at<T>(a.q, x.b, x.g * R + row % R, row / R), qt, lane, D, a.scale * LOG2E);
+    transpose_in(at<T>(a.q, x.b, x.g * R + row % R, row / R), qt, lane, D, a.scale);
   }
   for (int64_t j = 0; j < x.keys; j += NB) {
     const int64_t count = least(NB, x.keys - j);
@@ -227,11 +216,11 @@ template <class T> void prefill_tile(const AttentionArgs& a, int64_t item, float
     const int64_t row = x.first + lane, h = x.g * R + row % R, i = row / R;
     const bool blind = l[lane] == 0.f;
     transpose_out(ot, at<T>(a.out, x.b, h, i), lane, D, blind ? 0.f : 1.f / l[lane], k_space);
-    a.lse[(x.b * a.H + h) * a.S + i] = blind ? -INF : (m[lane] + __builtin_log2f(l[lane])) * LN2;
+    a.lse[(x.b * a.H + h) * a.S + i] = blind ? -INF : m[lane] + __builtin_logf(l[lane]);
   }
 }
 
-// P = 2^(s - lse) into p, and dS = P (dP - delta) into ds, where lse and delta follow the lanes
+// P = e^(s - lse) into p, and dS = P (dP - delta) into ds, where lse and delta follow the lanes
 // (BY_LANE) or the rows of [count, L].
 template <bool BY_LANE>
 TW_INLINE void score_gradient(float* p, float* ds, int64_t count, int vectors, const float* lse, const float* delta) {
@@ -240,29 +229,46 @@ TW_INLINE void score_gradient(float* p, float* ds, int64_t count, int vectors, c
       const Vec top = BY_LANE ? load(lse + c * W) : set1(lse[j]);
       const Vec mean = BY_LANE ? load(delta + c * W) : set1(delta[j]);
       float *pj = p + j * L + c * W, *dj = ds + j * L + c * W;
-      const Vec prob = exp2(load(static_cast<const float*>(pj)) - top);
+      const Vec prob = exp(load(static_cast<const float*>(pj)) - top);
       store(pj, prob);
       store(dj, prob * (load(static_cast<const float*>(dj)) - mean));
     }
 }
 
-// A row's lse in base 2, or +inf (every probability 0) where it sees nothing.
-TW_INLINE float base2(float lse) { return lse == -INF ? INF : lse * LOG2E; }
+// sums[lane] += the column sums of x [count, L].
+TW_INLINE void add_columns(const float* x, int64_t count, int vectors, float* sums) {
+  for (int c = 0; c < vectors; ++c) {
+    Vec sum = set1(0.f);
+    for (int64_t j = 0; j < count; ++j) sum = sum + load(x + j * L + c * W);
+    store(sums + c * W, load(static_cast<const float*>(sums + c * W)) + sum);
+  }
+}
 
+// A row that sees one key has P = 1 whatever its score: dS is 0, which dP - delta only approaches.
+TW_INLINE bool sees_one(const AttentionArgs& a, int64_t i) {
+  return (a.causal ? i + a.T - a.S : a.T - 1) == 0;
+}
+
+// dQ = scale * sum_j P_j (dP_j - delta) K_j, and delta made exact for dkv_tile.  The delta that comes
+// in was summed from an output already rounded; where one probability is near 1, all that is left of
+// dP - delta is that rounding.  With e = sum_j P_j (dP_j - delta), 0 but for it, the exact delta is
+// delta + e / sum_j P_j, and dQ loses e / sum_j P_j times sum_j P_j K_j.
 template <class T> void dq_tile(const AttentionArgs& a, int64_t item, float* scratch) {
   const Tile x = row_tile(a, item);
   const int64_t R = a.group(), D = a.D;
-  float *qt = scratch, *dot = qt + D * L, *dqt = dot + D * L, *p = dqt + D * L, *ds = p + NB * L,
-        *lse = ds + NB * L, *delta = lse + L, *k_space = delta + L, *v_space = k_space + NB * a.padded();
+  float *qt = scratch, *dot = qt + D * L, *dqt = dot + D * L, *pkt = dqt + D * L, *p = pkt + D * L,
+        *ds = p + NB * L, *lse = ds + NB * L, *delta = lse + L, *mass = delta + L, *excess = mass + L,
+        *k_space = excess + L, *v_space = k_space + NB * a.padded();
   if (x.rows < L) clear(qt, 2 * D * L);
-  clear(dqt, D * L);
+  clear(dqt, 2 * D * L);
+  clear(mass, 2 * L);
   for (int lane = 0; lane < L; ++lane) lse[lane] = INF, delta[lane] = 0.f;
   for (int lane = 0; lane < x.rows; ++lane) {
     const int64_t row = x.first + lane, h = x.g * R + row % R, i = row / R;
     const int64_t flat = (x.b * a.H + h) * a.S + i;
-    transpose_in(at<T>(a.q, x.b, h, i), qt, lane, D, a.scale * LOG2E);
+    transpose_in(at<T>(a.q, x.b, h, i), qt, lane, D, a.scale);
     transpose_in(at<T>(a.dout, x.b, h, i), dot, lane, D, 1.f);
-    lse[lane] = base2(a.lse[flat]);
+    if (a.lse[flat] != -INF && !sees_one(a, i)) lse[lane] = a.lse[flat];  // +inf: P and dS are 0
     delta[lane] = a.delta[flat];
   }
   for (int64_t j = 0; j < x.keys; j += NB) {
@@ -273,11 +279,17 @@ template <class T> void dq_tile(const AttentionArgs& a, int64_t item, float* scr
     gemm<true, SET>(v.data, v.stride, dot, ds, count, D, x.vectors);
     if (a.causal && j + count - 1 > x.first / R + x.offset) mask_prefix(p, j, count, x, R);
     score_gradient<true>(p, ds, count, x.vectors, lse, delta);
+    add_columns(p, count, x.vectors, mass);
+    add_columns(ds, count, x.vectors, excess);
     gemm<false, ADD>(k.data, k.stride, ds, dqt, D, count, x.vectors);
+    gemm<false, ADD>(k.data, k.stride, p, pkt, D, count, x.vectors);
   }
   for (int lane = 0; lane < x.rows; ++lane) {
-    const int64_t row = x.first + lane;
-    transpose_out(dqt, at<T>(a.dq, x.b, x.g * R + row % R, row / R), lane, D, a.scale, k_space);
+    const int64_t row = x.first + lane, h = x.g * R + row % R, i = row / R;
+    const float error = mass[lane] == 0.f ? 0.f : excess[lane] / mass[lane];
+    for (int64_t d = 0; d < D; ++d) dqt[d * L + lane] -= error * pkt[d * L + lane];
+    transpose_out(dqt, at<T>(a.dq, x.b, h, i), lane, D, a.scale, k_space);
+    a.delta[(x.b * a.H + h) * a.S + i] += error;
   }
 }
 
@@ -291,7 +303,7 @@ template <class T> void dkv_tile(const AttentionArgs& a, int64_t item, float* sc
   if (keys < L) clear(kt, 2 * D * L);
   clear(dkt, 2 * D * L);
   for (int lane = 0; lane < keys; ++lane) {
-    transpose_in(at<T>(a.k, b, g, first + lane), kt, lane, D, a.scale * LOG2E);
+    transpose_in(at<T>(a.k, b, g, first + lane), kt, lane, D, a.scale);
     transpose_in(at<T>(a.v, b, g, first + lane), vt, lane, D, 1.f);
   }
   const int64_t start = a.causal ? most(0, first - offset) : 0;  // the first query that sees a key
@@ -302,11 +314,13 @@ template <class T> void dkv_tile(const AttentionArgs& a, int64_t item, float* sc
       const Rows dout = stage(at<T>(a.dout, b, h, i), a.dout.row, count, D, do_space);
       gemm<true, SET>(q.data, q.stride, kt, p, count, D, vectors);
       gemm<true, SET>(dout.data, dout.stride, vt, ds, count, D, vectors);
-      for (int64_t r = 0; r < count; ++r) lse[r] = base2(a.lse[flat + r]);
+      for (int64_t r = 0; r < count; ++r) lse[r] = a.lse[flat + r] == -INF ? INF : a.lse[flat + r];
       if (a.causal)
         for (int64_t r = 0; r < count; ++r)
           for (int64_t lane = most(0, i + r + offset + 1 - first); lane < keys; ++lane) p[r * L + lane] = -INF;
       score_gradient<false>(p, ds, count, vectors, lse, a.delta + flat);
+      for (int64_t r = 0; r < count; ++r)
+        if (sees_one(a, i + r)) clear(ds + r * L, L);
       gemm<false, ADD>(q.data, q.stride, ds, dkt, D, count, vectors);
       gemm<false, ADD>(dout.data, dout.stride, p, dvt, D, count, vectors);
     }
@@ -446,7 +460,7 @@ void decode_rows(const AttentionArgs& a, int64_t b, int64_t g, int64_t c, int64_
   const int64_t vectors = (count + W - 1) / W * W;
   for (int r = 0; r < RB; ++r) {
     const T* from = at<T>(a.q, b, g * R + (row + r) % R, (row + r) / R);
-    for (int64_t d = 0; d < D; ++d) q[r * Dp + d] = to_float(from[d]) * (a.scale * LOG2E);
+    for (int64_t d = 0; d < D; ++d) q[r * Dp + d] = to_float(from[d]) * a.scale;
     for (int64_t d = D; d < Dp; ++d) q[r * Dp + d] = 0.f;
   }
   decode_scores<RB>(q, Dp, at<T>(a.k, b, g, j0), a.k.row, count, D, scores);
@@ -459,7 +473,7 @@ void decode_rows(const AttentionArgs& a, int64_t b, int64_t g, int64_t c, int64_
     for (int64_t j = 0; j < vectors; j += W) top = max(top, load(static_cast<const float*>(s + j)));
     m[r] = reduce_max(top);
     for (int64_t j = 0; j < vectors; j += W) {
-      const Vec p = exp2(load(static_cast<const float*>(s + j)) - set1(m[r]));
+      const Vec p = exp(load(static_cast<const float*>(s + j)) - set1(m[r]));
       store(s + j, p);
       sum = sum + p;
     }
@@ -475,7 +489,7 @@ void decode_rows(const AttentionArgs& a, int64_t b, int64_t g, int64_t c, int64_
     } else {
       const bool blind = l[r] == 0.f;
       store_row(q + r * Dp, at<T>(a.out, b, h, i), D, blind ? 0.f : 1.f / l[r]);
-      a.lse[(b * a.H + h) * a.S + i] = blind ? -INF : (m[r] + __builtin_log2f(l[r])) * LN2;
+      a.lse[(b * a.H + h) * a.S + i] = blind ? -INF : m[r] + __builtin_logf(l[r]);
     }
   }
 }
@@ -502,7 +516,7 @@ template <class T> void combine_row(const AttentionArgs& a, int64_t item) {
     if (first[c * step] > top) top = first[c * step];
   for (int64_t c = 0; c < n; ++c) {
     const float* part = first + c * step;
-    const float weight = exp2(part[0] - top);
+    const float weight = exp(part[0] - top);
     sum += part[1] * weight;
     if (c == 0) store_row(part + 2, first + 2, D, weight);
     if (c > 0) {
@@ -514,7 +528,7 @@ template <class T> void combine_row(const AttentionArgs& a, int64_t item) {
   }
   const bool blind = sum == 0.f;
   store_row(first + 2, at<T>(a.out, b, h, i), D, blind ? 0.f : 1.f / sum);
-  a.lse[(b * a.H + h) * a.S + i] = blind ? -INF : (top + __builtin_log2f(sum)) * LN2;
+  a.lse[(b * a.H + h) * a.S + i] = blind ? -INF : top + __builtin_logf(sum);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ struct AttentionArgs {
   AttentionView q, k, v, out;
   AttentionView dout, dq, dk, dv;  // backward only
   float* lse;          // [B, H, S], natural logarithm; -inf where a row sees nothing
-  float* delta;        // [B, H, S]: rowsum(dout * out)
+  float* delta;        // [B, H, S]: rowsum(dout * out); dq refines it, so it runs before dkv
   float* partial;      // decode with more than one chunk: [B, G, chunks, S * R, D + 2]
   int64_t B, H, G, S, T, D;
   float scale;

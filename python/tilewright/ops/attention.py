@@ -67,27 +67,37 @@ class _Attention(torch.autograd.Function):
         return (*_bwd(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    q_shape, k_shape = q.shape, k.shape
+    return (
+        len(q_shape) == len(k_shape) == 4
+        and v.shape == k_shape
+        and k_shape[0] == q_shape[0]
+        and k_shape[3] == q_shape[3] > 0
+        and k_shape[1] > 0
+        and q_shape[1] % k_shape[1] == 0
+        and q.dtype == k.dtype == v.dtype
+        and q.is_floating_point()
+        and q.device == k.device == v.device
+    )
+
+
+def _misfit(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Which rule of _fits the inputs break."""
     if q.dim() != 4 or k.dim() != 4:
-        raise ValueError(
-            f"attention: q {tuple(q.shape)} and k {tuple(k.shape)} must be [B, H, S, D] and [B, G, T, D]"
-        )
+        return f"q {tuple(q.shape)}, k {tuple(k.shape)} are not [B, H, S, D] and [B, G, T, D]"
     B, H, _, D = q.shape
-    shape = k.shape
-    if v.shape != shape:
-        raise ValueError(f"attention: v {tuple(v.shape)} does not fit k {tuple(shape)}")
-    if shape[0] != B or shape[3] != D:
-        raise ValueError(f"attention: k {tuple(shape)} does not fit q {tuple(q.shape)}")
-    if shape[1] == 0 or H % shape[1]:
-        raise ValueError(f"attention: {H} query heads are not a multiple of {shape[1]} kv heads")
+    if v.shape != k.shape:
+        return f"v {tuple(v.shape)} does not fit k {tuple(k.shape)}"
+    if k.shape[0] != B or k.shape[3] != D:
+        return f"k {tuple(k.shape)} does not fit q {tuple(q.shape)}"
     if D == 0:
-        raise ValueError(f"attention: q {tuple(q.shape)} has head dim 0")
-    if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
-        raise ValueError(
-            f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype} must be one floating-point dtype"
-        )
-    if q.device != k.device or q.device != v.device:
-        raise ValueError(f"attention: q on {q.device}, k on {k.device}, v on {v.device}")
+        return f"q {tuple(q.shape)} has head dim 0"
+    if k.shape[1] == 0 or H % k.shape[1]:
+        return f"{H} query heads are not a multiple of {k.shape[1]} kv heads"
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        return f"q {q.dtype}, k {k.dtype}, v {v.dtype} are not one floating-point dtype"
+    return f"q on {q.device}, k on {k.device}, v on {v.device}"
 
 
 def attention(
@@ -108,7 +118,8 @@ def attention(
             t.to(low) if t.is_floating_point() and t.dtype != torch.float64 else t
             for t in (q, k, v)
         )
-    _check(q, k, v)
+    if not _fits(q, k, v):
+        raise ValueError(f"attention: {_misfit(q, k, v)}")
     D = q.shape[3]
     if D > MAX_D or not _op.serves("attention", q):
         return _op.twin("attention")(q, k, v, causal=causal, scale=scale)

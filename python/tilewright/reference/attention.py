@@ -12,7 +12,7 @@ def attention(
 ) -> Tensor:
     """softmax(scale q kᵀ) v:  q [B, H, S, D], k, v [B, G, T, D] -> [B, H, S, D].
 
-    Scores and softmax are at least float32.  Under autocast the inputs take its dtype, as torch's do.
+    The softmax is at least float32, the products of q's dtype.  Under autocast the inputs take its dtype, as torch's do.
     """
     device = q.device.type
     if torch.is_autocast_enabled(device):
@@ -23,8 +23,8 @@ def attention(
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = D**-0.5 if scale is None else scale
-    rows = q.to(wide).reshape(B, G, H // G, S, D) * scale
-    scores = rows @ k.to(wide).unsqueeze(2).transpose(-1, -2)  # [B, G, H / G, S, T]
+    rows = q.reshape(B, G, H // G, S, D)
+    scores = (rows @ k.unsqueeze(2).transpose(-1, -2)).to(wide) * scale  # [B, G, H / G, S, T]
     if causal:
         hidden = torch.ones(S, T, dtype=torch.bool, device=q.device).triu(T - S + 1)
         scores = scores.masked_fill(hidden, -torch.inf)
@@ -32,4 +32,4 @@ def attention(
         probs = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(hidden, 0.0)
     else:
         probs = scores.softmax(-1)
-    return (probs @ v.to(wide).unsqueeze(2)).reshape(B, H, S, D).to(q.dtype)
+    return (probs.to(q.dtype) @ v.unsqueeze(2)).reshape(B, H, S, D)
