@@ -10,4 +10,8 @@ __all__ = [
     "quant_linear",
     "rope",
     "swiglu",
+from tilewright.ops.attention import attention
+
+__all__ = [
+    "attention",
 ]

@@ -1,0 +1,126 @@
+// tilewright::attention_fwd and attention_bwd on the CPU.
+#include "../cpu/attention.h"
+
+#include <ATen/EmptyTensor.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "common.h"
+
+namespace tilewright {
+namespace {
+
+using at::Tensor;
+using cpu::AttentionArgs;
+using cpu::AttentionView;
+
+// q [B, H, S, D] against k, v [B, G, T, D]; the rows of a head's values must be dense, no more.
+Tensor dense_rows(const Tensor& x) {
+  return x.size(3) <= 1 || x.stride(3) == 1 ? x : x.contiguous();
+}
+
+AttentionView view(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+// [B, N, rows, D] lying as [B, rows, N, D], so that merging heads into features is a view.
+Tensor empty_like_heads(const Tensor& x) {
+  const int64_t B = x.size(0), N = x.size(1), S = x.size(2), D = x.size(3);
+  const auto some = [](int64_t n) { return std::max<int64_t>(n, 1); };
+  return at::detail::empty_strided_cpu(
+      {B, N, S, D}, {some(S) * some(N) * some(D), some(D), some(N) * some(D), 1}, x.scalar_type());
+}
+
+Tensor empty_rows(const Tensor& q) {
+  return at::detail::empty_cpu({q.size(0), q.size(1), q.size(2)}, at::kFloat, std::nullopt,
+                               std::nullopt, std::nullopt, std::nullopt);
+}
+
+AttentionArgs arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale) {
+  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() && k.size(0) == q.size(0) &&
+                        k.size(3) == q.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+                    op, ": q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), " do not fit");
+  TORCH_CHECK_VALUE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), op,
+                    ": q ", q.scalar_type(), ", k ", k.scalar_type(), ", v ", v.scalar_type(), " differ");
+  AttentionArgs a{};
+  a.q = view(q), a.k = view(k), a.v = view(v);
+  a.B = q.size(0), a.H = q.size(1), a.G = k.size(1), a.S = q.size(2), a.T = k.size(2), a.D = q.size(3);
+  a.scale = float(scale), a.causal = causal, a.dtype = dtype_of(q, op, "q");
+  return a;
+}
+
+using Kernel = void (*)(const AttentionArgs&, float*, int64_t, int64_t);
+
+// `each` is the multiply-adds of one item: below about 2^19 of them a fork costs more than it saves.
+void run(Kernel kernel, const AttentionArgs& a, int64_t items, int64_t each, int64_t scratch) {
+  const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 19) / std::max<int64_t>(1, each));
+  at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    const auto space = c10::GetCPUAllocator()->allocate(size_t(scratch) * sizeof(float));
+    kernel(a, static_cast<float*>(space.get()), begin, end);
+  });
+}
+
+// Few rows leave the blocked kernel's lanes empty, and too few tiles to share out a long cache.
+bool is_decode(const AttentionArgs& a) { return a.S <= 8 && a.S * a.group() <= 64; }
+
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal, double scale) {
+  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
+  AttentionArgs a = arguments("attention", q, k, v, causal, scale);
+  const Tensor out = empty_like_heads(q), lse = empty_rows(q);
+  if (lse.numel() == 0) return {out, lse};
+  a.out = view(out), a.lse = lse.data_ptr<float>();
+  if (!is_decode(a)) {
+    run(TW_PICK(attention_prefill), a, a.B * a.G * a.row_tiles(),
+        2 * cpu::ATTENTION_LANES * a.T * a.D, a.blocked_scratch());
+    return {out, lse};
+  }
+  const int64_t rows = a.S * a.group(), items = a.B * a.G * a.chunks();
+  c10::DataPtr partial;
+  if (a.chunks() > 1) {
+    partial = c10::GetCPUAllocator()->allocate(size_t(items * rows * (a.D + 2)) * sizeof(float));
+    a.partial = static_cast<float*>(partial.get());
+  }
+  // a read of K and V weighs as much as about 4 rows' arithmetic
+  run(TW_PICK(attention_decode), a, items,
+      2 * std::min<int64_t>(a.T, cpu::ATTENTION_CHUNK) * a.D * (rows + 4), a.decode_scratch());
+  if (a.chunks() > 1) {
+    const auto combine = TW_PICK(attention_combine);
+    const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / (a.chunks() * (a.D + 2)));
+    at::parallel_for(0, a.B * a.G * rows, grain, [&](int64_t begin, int64_t end) { combine(a, begin, end); });
+  }
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                                                 const Tensor& out_, const Tensor& lse_, bool causal, double scale) {
+  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
+  const Tensor out = dense_rows(out_), dout = dense_rows(dout_), lse = lse_.contiguous();
+  AttentionArgs a = arguments("attention_bwd", q, k, v, causal, scale);
+  TORCH_CHECK_VALUE(dout.sizes() == q.sizes() && out.sizes() == q.sizes() && dout.scalar_type() == q.scalar_type() &&
+                        out.scalar_type() == q.scalar_type(),
+                    "attention_bwd: dout ", dout.sizes(), " ", dout.scalar_type(), " or out ", out.sizes(), " ",
+                    out.scalar_type(), " does not fit q ", q.sizes(), " ", q.scalar_type());
+  TORCH_CHECK_VALUE(lse.scalar_type() == at::kFloat && lse.sizes() == q.sizes().slice(0, 3),
+                    "attention_bwd: lse ", lse.sizes(), " ", lse.scalar_type(), " does not fit q ", q.sizes());
+  const Tensor dq = empty_like_heads(q), dk = empty_like_heads(k), dv = empty_like_heads(k), delta = empty_rows(q);
+  a.out = view(out), a.dout = view(dout), a.dq = view(dq), a.dk = view(dk), a.dv = view(dv);
+  a.lse = lse.data_ptr<float>(), a.delta = delta.data_ptr<float>();
+  const auto rowsum = TW_PICK(attention_delta);
+  at::parallel_for(0, delta.numel(), std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.D)),
+                   [&](int64_t begin, int64_t end) { rowsum(a, begin, end); });
+  const int64_t each = 3 * cpu::ATTENTION_LANES * a.D;
+  if (dq.numel())
+    run(TW_PICK(attention_dq), a, a.B * a.G * a.row_tiles(), each * a.T, a.blocked_scratch());
+  if (dk.numel())
+    run(TW_PICK(attention_dkv), a, a.B * a.G * a.key_tiles(), each * a.S * a.group(), a.blocked_scratch());
+  return {dq, dk, dv};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
+  m.impl("attention_fwd", &attention_fwd);
+  m.impl("attention_bwd", &attention_bwd);
+}
+
+}  // namespace tilewright

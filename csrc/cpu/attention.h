@@ -1,0 +1,51 @@
+// Scaled dot-product attention on raw pointers.  B batch, H query heads, G kv heads, R = H / G,
+// S queries, T keys, D head dim.  The query heads of one kv head are flattened with the queries:
+// row m = i * R + r is query i of head g * R + r, so a K or V row is read once for all R.
+#pragma once
+#include "isa.h"
+
+namespace tilewright::cpu {
+
+constexpr int ATTENTION_LANES = 48;  // rows (or keys) that a tile of the blocked kernels holds
+constexpr int ATTENTION_BLOCK = 48;  // keys (or rows) it meets at a time
+constexpr int ATTENTION_CHUNK = 256;  // keys a decode item reads
+
+// A [B, heads, length, D] tensor: strides in elements, the last is 1.
+struct AttentionView {
+  void* data;
+  int64_t batch, head, row;
+};
+
+struct AttentionArgs {
+  AttentionView q, k, v, out;
+  AttentionView dout, dq, dk, dv;  // backward only
+  float* lse;          // [B, H, S], natural logarithm; -inf where a row sees nothing
+  float* delta;        // [B, H, S]: rowsum(dout * out); dq refines it, so it runs before dkv
+  float* partial;      // decode with more than one chunk: [B, G, chunks, S * R, D + 2]
+  int64_t B, H, G, S, T, D;
+  float scale;
+  bool causal;         // query i sees keys j <= i + T - S
+  DType dtype;
+
+  int64_t group() const { return H / G; }
+  int64_t padded() const { return (D + 15) / 16 * 16; }
+  int64_t row_tiles() const { return (S * group() + ATTENTION_LANES - 1) / ATTENTION_LANES; }
+  int64_t key_tiles() const { return (T + ATTENTION_LANES - 1) / ATTENTION_LANES; }
+  int64_t chunks() const { return T ? (T + ATTENTION_CHUNK - 1) / ATTENTION_CHUNK : 1; }
+  // floats of scratch each thread needs
+  int64_t blocked_scratch() const {
+    return 4 * (ATTENTION_LANES + ATTENTION_BLOCK) * (padded() + ATTENTION_LANES);
+  }
+  int64_t decode_scratch() const { return S * group() * (padded() + ATTENTION_CHUNK); }
+};
+
+// Items: prefill and dq [B * G * row_tiles], dkv [B * G * key_tiles], decode [B * G * chunks],
+// combine [B * G * S * R], delta [B * H * S].
+TW_DECLARE(void, attention_prefill, const AttentionArgs& a, float* scratch, int64_t begin, int64_t end)
+TW_DECLARE(void, attention_decode, const AttentionArgs& a, float* scratch, int64_t begin, int64_t end)
+TW_DECLARE(void, attention_combine, const AttentionArgs& a, int64_t begin, int64_t end)
+TW_DECLARE(void, attention_delta, const AttentionArgs& a, int64_t begin, int64_t end)
+TW_DECLARE(void, attention_dq, const AttentionArgs& a, float* scratch, int64_t begin, int64_t end)
+TW_DECLARE(void, attention_dkv, const AttentionArgs& a, float* scratch, int64_t begin, int64_t end)
+
+}  // namespace tilewright::cpu
