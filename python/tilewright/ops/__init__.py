@@ -1,17 +1,15 @@
 """The public functions: validate, call the operator, autograd.  reference/ has their twins."""
 
+from tilewright.ops.attention import attention
 from tilewright.ops.geglu import geglu
 from tilewright.ops.quant_linear import quant_linear
 from tilewright.ops.rope import rope
 from tilewright.ops.swiglu import swiglu
 
 __all__ = [
+    "attention",
     "geglu",
     "quant_linear",
     "rope",
     "swiglu",
-from tilewright.ops.attention import attention
-
-__all__ = [
-    "attention",
 ]

@@ -1,17 +1,15 @@
 """The specification of every op, in eager PyTorch: same names and signatures as ops/."""
 
+from tilewright.reference.attention import attention
 from tilewright.reference.geglu import geglu
 from tilewright.reference.quant_linear import quant_linear
 from tilewright.reference.rope import rope
 from tilewright.reference.swiglu import swiglu
 
 __all__ = [
+    "attention",
     "geglu",
     "quant_linear",
     "rope",
     "swiglu",
-from tilewright.reference.attention import attention
-
-__all__ = [
-    "attention",
 ]
