@@ -1,0 +1,434 @@
+"""Linear with 4- or 8-bit weights:  y[m, n] = sum_k x[m, k] w[n, k] + bias[n], and dx = dy w.
+
+With q the unsigned code and g = k // group,
+
+    w[n, k] = scales[n, g] * (q[n, k] - zeros[n, g])      zero-points
+    w[n, k] = scales[n, g] * q[n, k] + minima[n, g]       minima
+    w[n, k] = scales[n, g] * (q[n, k] - 2^(bits-1))       symmetric
+
+M rows (tokens), N output features, K input features, G = K / group groups in a row.  4-bit codes lie
+two a byte along K, the even k in the low nibble.  The codes become float32 weights in registers,
+exactly QuantTensor.dequantize's; sums are float32.  Up to GEMV_ROWS rows multiply in float32; above,
+the tensor cores take w and x in x's dtype (float32 as three TF32 products).
+
+With activations "int8", x is replaced by sx * round(x / sx) in float32, sx = max|x| / 127 over each
+32 columns of a row (over the group where that is no multiple of 32), ties to even: the integer dot
+product of the CPU kernel up to float32 rounding.  On a GPU it exists to give the CPU's numbers.
+
+Every sum has a fixed order: results repeat bit for bit.
+"""
+
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+GEMV_ROWS = 8
+SYMMETRIC, ZEROS, MINIMA = 0, 1, 2
+# The interpreter computes nonsense in bfloat16: there the products are float32.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DOT_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.float32 if INTERPRET else tl.bfloat16,
+    torch.float16: tl.float32 if INTERPRET else tl.float16,
+}
+
+
+@triton.jit
+def _weight(
+    q_ptr, s_ptr, o_ptr,
+    n, mask_n, g, k, k_end,
+    stride_qn, stride_sn,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, BLOCK_K: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Rows n [R] of w at columns k .. k + BLOCK_K of group g -> [R, BLOCK_K] float32.
+
+    g, k and k_end (the group's end) are [1] or [R], k even for 4 bits.  Rows masked off are 0; columns at or past k_end
+    are unspecified but finite where the scales are.  FULL: no tile passes its group's end.
+    """
+    PER: tl.constexpr = 8 // BITS  # codes in a byte
+    j = tl.arange(0, BLOCK_K // PER)[None, :]
+    mask = mask_n[:, None]
+    if not FULL:
+        mask = mask & (k[:, None] + j * PER < k_end[:, None])
+    packed = tl.load(q_ptr + n[:, None] * stride_qn + (k // PER)[:, None] + j, mask=mask, other=0)
+    packed = packed.to(tl.int32)
+    if BITS == 4:
+        packed = tl.interleave(packed & 15, packed >> 4)
+    # 2^23 with the code as its low bits, less 2^23: exact, and dearer integer conversions avoided
+    code = (packed | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+    at = n * stride_sn + g
+    s = tl.load(s_ptr + at, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    if OFFSET == 0:
+        return s * (code - (1 << (BITS - 1)))
+    o = tl.load(o_ptr + at, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    if OFFSET == 1:
+        return s * (code - o)
+    return s * code + o
+
+
+@triton.jit
+def _gemv_kernel(
+    x_ptr, q_ptr, s_ptr, o_ptr, bias_ptr, y_ptr,
+    stride_xm, stride_qn, stride_sn, stride_ym,
+    M, N, group, tiles_per_group, tiles,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr, FULL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs of all M <= BLOCK_M rows, walking SPLIT tiles of BLOCK_K columns at a time."""
+    R: tl.constexpr = BLOCK_N * SPLIT
+    r = tl.arange(0, R)
+    n_r = tl.program_id(0).to(tl.int64) * BLOCK_N + r // SPLIT
+    m = tl.arange(0, BLOCK_M)[:, None, None]
+    x_rows = x_ptr + m.to(tl.int64) * stride_xm
+    acc = tl.zeros((BLOCK_M, BLOCK_N, SPLIT), tl.float32)
+    for step in range(0, tl.cdiv(tiles, SPLIT)):
+        tile = step * SPLIT + r % SPLIT
+        g = tile // tiles_per_group
+        k = g * group + (tile % tiles_per_group) * BLOCK_K
+        k_end = (g + 1) * group
+        if FULL:
+            k = tl.multiple_of(k, BLOCK_K)
+        w = _weight(
+            q_ptr, s_ptr, o_ptr, n_r, (n_r < N) & (tile < tiles), g, k, k_end,
+            stride_qn, stride_sn, BITS, OFFSET, BLOCK_K, FULL,
+        )  # fmt: skip
+
+        tile_x = step * SPLIT + tl.arange(0, SPLIT)
+        g_x = tile_x // tiles_per_group
+        start = g_x * group + (tile_x % tiles_per_group) * BLOCK_K
+        if FULL:
+            start = tl.multiple_of(start, BLOCK_K)
+        col = (start[:, None] + tl.arange(0, BLOCK_K)[None, :])[None, :, :]
+        mask = (m < M) & (tile_x < tiles)[None, :, None]
+        if not FULL:
+            mask = mask & (col < ((g_x + 1) * group)[None, :, None])
+        x = tl.load(x_rows + col, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, SPLIT, BLOCK_K]
+        w = tl.reshape(w, (1, BLOCK_N, SPLIT, BLOCK_K))
+        acc += tl.sum(w * x[:, None, :, :], axis=3)
+    y = tl.sum(acc, axis=2)  # [BLOCK_M, BLOCK_N]
+
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    m = tl.arange(0, BLOCK_M)
+    to = y_ptr + m.to(tl.int64)[:, None] * stride_ym + n[None, :]
+    tl.store(to, y, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _gemm_kernel(
+    x_ptr, q_ptr, s_ptr, o_ptr, bias_ptr, y_ptr,
+    stride_xm, stride_qn, stride_sn, stride_ym,
+    M, N, group, tiles_per_group, tiles,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr, FULL: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A BLOCK_N x BLOCK_M tile of w x^T: Hopper's tensor cores take their left operand from registers,
+    where the weight has just been decoded, so the product is formed transposed."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = tl.arange(0, BLOCK_K)
+    one = tl.zeros((1,), tl.int32)
+    x_cols = x_ptr + m[None, :] * stride_xm + j[:, None]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for tile in range(0, tiles):
+        g = tile // tiles_per_group
+        k = g * group + (tile % tiles_per_group) * BLOCK_K
+        k_end = (g + 1) * group
+        if FULL:
+            k = tl.multiple_of(k, BLOCK_K)
+        w = _weight(
+            q_ptr, s_ptr, o_ptr, n, n < N, one + g, one + k, one + k_end,
+            stride_qn, stride_sn, BITS, OFFSET, BLOCK_K, FULL,
+        )  # fmt: skip
+        mask = (m < M)[None, :]
+        if not FULL:
+            mask = mask & (k + j < k_end)[:, None]
+        x = tl.load(x_cols + k, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_M]
+        acc = tl.dot(w.to(DOT_DTYPE), x.to(DOT_DTYPE), acc, input_precision=PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    to = y_ptr + m[:, None] * stride_ym + n[None, :]
+    tl.store(to, tl.trans(acc), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _dgrad_kernel(
+    dy_ptr, q_ptr, s_ptr, o_ptr, dx_ptr,
+    stride_dym, stride_qn, stride_sn, stride_dxm,
+    M, N, group, tiles_per_group,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, FULL: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A BLOCK_M x BLOCK_K tile of dx = dy w, its columns in one group, walking N."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.program_id(1)
+    g = tile // tiles_per_group
+    k = g * group + (tile % tiles_per_group) * BLOCK_K
+    k_end = (g + 1) * group
+    if FULL:
+        k = tl.multiple_of(k, BLOCK_K)
+    j = tl.arange(0, BLOCK_N)
+    one = tl.zeros((1,), tl.int32)
+    dy_rows = dy_ptr + m[:, None] * stride_dym + j[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        mask_n = start + j < N
+        w = _weight(
+            q_ptr, s_ptr, o_ptr, start + j.to(tl.int64), mask_n, one + g, one + k, one + k_end,
+            stride_qn, stride_sn, BITS, OFFSET, BLOCK_K, FULL,
+        )  # fmt: skip
+        dy = tl.load(dy_rows + start, mask=(m < M)[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(dy.to(DOT_DTYPE), w.to(DOT_DTYPE), acc, input_precision=PRECISION)
+    col = k + tl.arange(0, BLOCK_K)
+    to = dx_ptr + m[:, None] * stride_dxm + col[None, :]
+    tl.store(to, acc, mask=(m < M)[:, None] & (col < k_end)[None, :])
+
+
+@triton.jit
+def _round_activations_kernel(
+    x_ptr, out_ptr,
+    stride_xm,
+    rows, K, width, blocks_per_row,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """x as its int8 codes times their scale, float32, for ROWS runs of `width` columns."""
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m, b = r // blocks_per_row, r % blocks_per_row
+    mask_r = (r < rows)[:, None]
+    j = tl.arange(0, BLOCK)[None, :]
+    x_runs = x_ptr + (m * stride_xm + b * width)[:, None] + j
+    out_runs = out_ptr + (m * K + b * width)[:, None] + j
+    top = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, width, BLOCK):
+        x = tl.load(x_runs + start, mask=mask_r & (start + j < width), other=0.0).to(tl.float32)
+        top = tl.maximum(top, tl.max(tl.abs(x), axis=1))
+    scale = tl.div_rn(top, tl.full((ROWS,), 127.0, tl.float32))[:, None]
+    safe = tl.where(scale == 0.0, 1.0, scale)
+    for start in range(0, width, BLOCK):
+        mask = mask_r & (start + j < width)
+        x = tl.load(x_runs + start, mask=mask, other=0.0).to(tl.float32)
+        # adding and taking away 1.5 * 2^23 leaves the nearest integer, ties to even
+        code = (tl.div_rn(x, tl.broadcast_to(safe, x.shape)) + 12582912.0) - 12582912.0
+        tl.store(out_runs + start, code * scale, mask=mask)
+
+
+def _block_k(group: int, G: int, widest: int) -> int:
+    """Columns a tile: the widest power of two in the group, or one that covers it masked."""
+    for block in (128, 64, 32):
+        if block <= widest and group % block == 0:
+            return block
+    return min(widest, 64, max(16, triton.next_power_of_2(group)))
+
+
+def _tiles(M: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
+    """Block sizes (BLOCK_K the widest wanted) and launch options of a matrix product of M rows."""
+    if dtype == torch.float32:  # three products and twice the bytes: half the tile
+        M = min(M, 64)
+        block = {"BLOCK_M": 64 if M > 32 else 16, "BLOCK_N": 64, "BLOCK_K": 32}
+        return block, {"num_warps": 4, "num_stages": 3}
+    if M <= 32:
+        block = {"BLOCK_M": 16 if M <= 16 else 32, "BLOCK_N": 64, "BLOCK_K": 128}
+        return block, {"num_warps": 4, "num_stages": 4}
+    if M <= 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, {"num_warps": 4, "num_stages": 4}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, {"num_warps": 8, "num_stages": 3}
+
+
+def _gemv_tiles(M: int, block_k: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Block sizes and launch options for M <= GEMV_ROWS: 512 bytes of each of BLOCK_N rows a step."""
+    block_m = triton.next_power_of_2(M)
+    block = {"BLOCK_M": block_m, "BLOCK_N": 8 if block_m == 1 else 4, "SPLIT": max(1, 512 // block_k)}
+    return block | {"BLOCK_K": block_k}, {"num_warps": 4, "num_stages": 1}
+
+
+def _offset(scales: Tensor, zeros: Tensor | None, minima: Tensor | None) -> tuple[Tensor, int]:
+    if zeros is not None:
+        return zeros.contiguous(), ZEROS
+    if minima is not None:
+        return minima.contiguous(), MINIMA
+    return scales, SYMMETRIC
+
+
+def _unit_inner(t: Tensor) -> Tensor:
+    """t with a last stride of 1."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _round_activations(x: Tensor, group: int) -> Tensor:
+    """x [M, K] -> its int8-rounded value, float32 [M, K]."""
+    M, K = x.shape
+    width = 32 if group % 32 == 0 else group
+    rows = M * (K // width)
+    out = x.new_empty(M, K, dtype=torch.float32)
+    block = min(1024, triton.next_power_of_2(width))
+    per_program = max(1, 2048 // block)
+    _round_activations_kernel[(triton.cdiv(rows, per_program),)](
+        x, out,
+        x.stride(0),
+        rows, K, width, K // width,
+        BLOCK=block, ROWS=per_program,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def _linear(
+    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None,
+    bias: Tensor | None, activations: str, bits: int,
+) -> Tensor:  # fmt: skip
+    (M, K), (N, G) = x.shape, scales.shape
+    y = x.new_empty(M, N)
+    if M == 0 or N == 0:
+        return y
+    group = K // G
+    x, qweight, scales = _unit_inner(x), qweight.contiguous(), scales.contiguous()
+    offset, kind = _offset(scales, zeros, minima)
+    if activations == "int8":
+        x = _round_activations(x, group)
+    constants: dict[str, Any] = {"BITS": bits, "OFFSET": kind, "HAS_BIAS": bias is not None}
+    if M <= GEMV_ROWS:
+        block, options = _gemv_tiles(M, _block_k(group, G, 128))
+        grid: tuple[int, ...] = (triton.cdiv(N, block["BLOCK_N"]),)
+        kernel = _gemv_kernel
+    else:
+        block, options = _tiles(M, x.dtype)
+        block["BLOCK_K"] = _block_k(group, G, block["BLOCK_K"])
+        grid = (triton.cdiv(M, block["BLOCK_M"]), triton.cdiv(N, block["BLOCK_N"]))
+        kernel = _gemm_kernel
+        constants |= {"DOT_DTYPE": DOT_DTYPES[x.dtype], "PRECISION": _precision(x.dtype)}
+    per_group = triton.cdiv(group, block["BLOCK_K"])
+    kernel[grid](
+        x, qweight, scales, offset, scales if bias is None else bias.contiguous(), y,
+        x.stride(0), qweight.stride(0), scales.stride(0), y.stride(0),
+        M, N, group, per_group, G * per_group,
+        **constants, **block, FULL=group % block["BLOCK_K"] == 0,
+        **options, enable_fp_fusion=True,
+    )  # fmt: skip
+    return y
+
+
+def _dgrad(
+    dy: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None, bits: int
+) -> Tensor:
+    (M, N), G = dy.shape, scales.shape[1]
+    K = qweight.shape[1] * (8 // bits)
+    dx = dy.new_empty(M, K)
+    if M == 0 or K == 0:
+        return dx
+    group = K // G
+    dy, qweight, scales = _unit_inner(dy), qweight.contiguous(), scales.contiguous()
+    offset, kind = _offset(scales, zeros, minima)
+    block, options = _tiles(M, dy.dtype)
+    wide = block["BLOCK_N"]  # the output's columns lie along K here, the walk along N
+    block = {"BLOCK_M": block["BLOCK_M"], "BLOCK_N": min(64, block["BLOCK_K"]), "BLOCK_K": _block_k(group, G, wide)}
+    per_group = triton.cdiv(group, block["BLOCK_K"])
+    _dgrad_kernel[(triton.cdiv(M, block["BLOCK_M"]), G * per_group)](
+        dy, qweight, scales, offset, dx,
+        dy.stride(0), qweight.stride(0), scales.stride(0), dx.stride(0),
+        M, N, group, per_group,
+        BITS=bits, OFFSET=kind, FULL=group % block["BLOCK_K"] == 0,
+        DOT_DTYPE=DOT_DTYPES[dy.dtype], PRECISION=_precision(dy.dtype),
+        **block, **options, enable_fp_fusion=True,
+    )  # fmt: skip
+    return dx
+
+
+def linear_int4(
+    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None,
+    bias: Tensor | None, activations: str,
+) -> Tensor:  # fmt: skip
+    """x [M, K], qweight [N, K/2], scales, zeros or minima [N, G], bias [N] -> [M, N] of x's dtype.
+
+    activations is "float" or "int8".
+    """
+    return _linear(x, qweight, scales, zeros, minima, bias, activations, 4)
+
+
+def linear_int4_dgrad(
+    dy: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None
+) -> Tensor:
+    """dy [M, N], qweight [N, K/2], scales, zeros or minima [N, G] -> dx [M, K] of dy's dtype."""
+    return _dgrad(dy, qweight, scales, zeros, minima, 4)
+
+
+def linear_int8(
+    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None,
+    bias: Tensor | None, activations: str,
+) -> Tensor:  # fmt: skip
+    """x [M, K], qweight [N, K], scales, zeros or minima [N, G], bias [N] -> [M, N] of x's dtype.
+
+    activations is "float" or "int8".
+    """
+    return _linear(x, qweight, scales, zeros, minima, bias, activations, 8)
+
+
+def linear_int8_dgrad(
+    dy: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None
+) -> Tensor:
+    """dy [M, N], qweight [N, K], scales, zeros or minima [N, G] -> dx [M, K] of dy's dtype."""
+    return _dgrad(dy, qweight, scales, zeros, minima, 8)
+
+
+def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """(kernel, signature, constexprs, options) of what the launchers use, for offline compilation."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    strides = {"stride_qn": "i32", "stride_sn": "i32"}
+    sizes = {"M": "i32", "N": "i32", "group": "i32", "tiles_per_group": "i32"}
+    found = []
+    for M, dtype, bits, kind, group in (
+        (1, bf16, 4, ZEROS, 128),
+        (8, bf16, 4, SYMMETRIC, 32),
+        (8, fp32, 8, MINIMA, 100),  # masked tiles
+        (16, bf16, 4, ZEROS, 128),
+        (64, fp16, 8, SYMMETRIC, 4096),
+        (512, bf16, 4, ZEROS, 128),
+        (512, bf16, 4, MINIMA, 32),
+        (512, fp32, 4, SYMMETRIC, 32),
+    ):
+        t = f"*{names[dtype]}"
+        weight = {"q_ptr": "*u8", "s_ptr": "*fp16", "o_ptr": "*fp16"}
+        fixed: dict[str, Any] = {"BITS": bits, "OFFSET": kind}
+        dot = {"DOT_DTYPE": DOT_DTYPES[dtype], "PRECISION": _precision(dtype)}
+        signature = {"x_ptr": t, **weight, "bias_ptr": t, "y_ptr": t, "stride_xm": "i32", **strides}
+        signature |= {"stride_ym": "i32", **sizes, "tiles": "i32"}
+        if M <= GEMV_ROWS:
+            block, options = _gemv_tiles(M, _block_k(group, 2, 128))
+            full = group % block["BLOCK_K"] == 0
+            found.append(
+                (_gemv_kernel, signature, {**fixed, "HAS_BIAS": True, "FULL": full, **block}, options)
+            )
+            continue
+        block, options = _tiles(M, dtype)
+        wide = {**block, "BLOCK_K": _block_k(group, 2, block["BLOCK_K"])}
+        full = group % wide["BLOCK_K"] == 0
+        found.append(
+            (_gemm_kernel, signature, {**fixed, "HAS_BIAS": True, "FULL": full, **dot, **wide}, options)
+        )
+        if M == 64 or (M == 512 and group == 32):
+            continue
+        tall = {**block, "BLOCK_N": min(64, block["BLOCK_K"]), "BLOCK_K": _block_k(group, 2, block["BLOCK_N"])}
+        full = group % tall["BLOCK_K"] == 0
+        signature = {"dy_ptr": t, **weight, "dx_ptr": t, "stride_dym": "i32", **strides, "stride_dxm": "i32", **sizes}
+        found.append((_dgrad_kernel, signature, {**fixed, "FULL": full, **dot, **tall}, options))
+    found.append(
+        (
+            _round_activations_kernel,
+            {"x_ptr": "*bf16", "out_ptr": "*fp32", "stride_xm": "i32", "rows": "i32", "K": "i32", "width": "i32", "blocks_per_row": "i32"},
+            {"BLOCK": 32, "ROWS": 64},
+            {"num_warps": 4, "enable_fp_fusion": False},
+        )
+    )
+    return found
