@@ -32,7 +32,9 @@ class Sampler:
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"generate: top_p must be above 0 and at most 1, not {top_p}")
         if not 0 < repetition_penalty < float("inf"):
-            raise ValueError(f"generate: repetition_penalty must be above 0, not {repetition_penalty}")
+            raise ValueError(
+                f"generate: repetition_penalty must be above 0, not {repetition_penalty}"
+            )
         self.temperature, self.top_k, self.top_p = temperature, top_k or None, top_p
         self.repetition_penalty = repetition_penalty
         self.generator = torch.Generator(device)

@@ -14,11 +14,13 @@ from typing import Any, NoReturn
 from tokenizers import (
     AddedToken,
     Regex,
-    Tokenizer as Backend,
     decoders,
     normalizers,
     pre_tokenizers,
     processors,
+)
+from tokenizers import (
+    Tokenizer as Backend,
 )
 from tokenizers.models import BPE
 
@@ -131,7 +133,7 @@ class Tokenizer:
             raise ValueError(f"{where}: {error}") from error
         types = get("token_type") or []
         named = {i for i in (bos, eos, get("unknown_token_id")) if i is not None}
-        special = [i for i, t in enumerate(types) if t == CONTROL] if types else sorted(named)
+        special = sorted(named | {i for i, t in enumerate(types) if t == CONTROL})
         backend.add_special_tokens([_added(tokens[i], special=True) for i in special])
         own = [_added(tokens[i], special=False) for i, t in enumerate(types) if t == USER_DEFINED]
         backend.add_tokens(own)
@@ -185,7 +187,9 @@ class TextStream:
         self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
         self.stopped: str | None = None  # the stop string met
         self._ids: list[int] = []
-        self._context = self._done = 0  # ids before _done are text already; from _context re-decoded
+        self._context = self._done = (
+            0  # ids before _done are text already; from _context re-decoded
+        )
         self._held = ""
 
     def push(self, token: int) -> str:
@@ -208,7 +212,10 @@ class TextStream:
             at, self.stopped = min(found)
             return self._held[:at]
         keep = 0 if final else max((_overlap(self._held, s) for s in self.stop), default=0)
-        piece, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        piece, self._held = (
+            self._held[: len(self._held) - keep],
+            self._held[len(self._held) - keep :],
+        )
         return piece
 
 

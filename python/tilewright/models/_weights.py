@@ -87,7 +87,9 @@ class Folder:
             raise ValueError(f"{self.path / self._files[name]}: tensor {name}: {error}") from error
         _check_shape(self.path, name, t.shape, shape)
         if not t.is_floating_point() or t.dtype.itemsize == 1:
-            raise ValueError(f"{self.path}: tensor {name} is {t.dtype}, not a float this model reads")
+            raise ValueError(
+                f"{self.path}: tensor {name} is {t.dtype}, not a float this model reads"
+            )
         return t
 
     def linear(

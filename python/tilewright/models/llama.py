@@ -67,11 +67,21 @@ class LlamaConfig:
     eos: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden_size", "ffn_size", "heads", "kv_heads", "head_dim", "context"):
+        for name in (
+            "layers",
+            "hidden_size",
+            "ffn_size",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "context",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"llama: {name} must be 1 or more, not {getattr(self, name)}")
         if self.heads % self.kv_heads:
-            raise ValueError(f"llama: {self.heads} heads do not divide into {self.kv_heads} kv heads")
+            raise ValueError(
+                f"llama: {self.heads} heads do not divide into {self.kv_heads} kv heads"
+            )
         if self.rope.dim > self.head_dim:
             raise ValueError(f"llama: rope dim {self.rope.dim} is above head dim {self.head_dim}")
 
@@ -170,7 +180,12 @@ class Cache:
     """Rotated keys, and values, of the positions so far: [L, 2, B, G, capacity, D]."""
 
     def __init__(
-        self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: LlamaConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         c = config
         shape = (c.layers, 2, batch, c.kv_heads, capacity, c.head_dim)
@@ -219,7 +234,12 @@ class _Layer(torch.nn.Module):
     def __init__(self, config: LlamaConfig, source: Folder | GGUF, index: int) -> None:
         super().__init__()
         c, at = config, f"model.layers.{index}"
-        self.index, self.heads, self.kv_heads, self.head_dim = index, c.heads, c.kv_heads, c.head_dim
+        self.index, self.heads, self.kv_heads, self.head_dim = (
+            index,
+            c.heads,
+            c.kv_heads,
+            c.head_dim,
+        )
         self.eps, self.rotated, self.scale = c.norm_eps, c.rope.dim, c.head_dim**-0.5
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
         self.input_norm = _norm(source, f"{at}.input_layernorm", c.hidden_size, c.norm_eps)
@@ -330,7 +350,10 @@ class Llama(torch.nn.Module):
         if path.is_dir():
             source = Folder(path, dtype, place)
             config = LlamaConfig.from_folder(source.config, path)
-            if not source.has("lm_head.weight") and source.config.get("tie_word_embeddings") is False:
+            if (
+                not source.has("lm_head.weight")
+                and source.config.get("tie_word_embeddings") is False
+            ):
                 raise ValueError(f"{path}: tensor lm_head.weight is missing")
             if (path / "tokenizer.json").is_file():
                 tokenizer = Tokenizer.from_folder(path)
@@ -364,10 +387,14 @@ class Llama(torch.nn.Module):
         S = ids.shape[1]
         start = 0 if cache is None else cache.length
         if start + S > self.context:
-            raise ValueError(f"llama: {start + S} tokens are more than the context of {self.context}")
+            raise ValueError(
+                f"llama: {start + S} tokens are more than the context of {self.context}"
+            )
         if cache is not None:
             if start + S > cache.capacity:
-                raise ValueError(f"llama: {start + S} tokens are more than the cache's {cache.capacity}")
+                raise ValueError(
+                    f"llama: {start + S} tokens are more than the cache's {cache.capacity}"
+                )
             cache.extend(S)
         tables = self._tables
         if tables is None or (tables.dtype, tables.device) != (self.dtype, self.device):
@@ -485,4 +512,3 @@ def _norm(source: Folder | GGUF, name: str, size: int, eps: float) -> torch.nn.M
     weight = source.tensor(f"{name}.weight", (size,))
     norm.weight = torch.nn.Parameter(weight, requires_grad=False)
     return norm
-

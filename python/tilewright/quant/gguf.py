@@ -194,8 +194,14 @@ class GGUFFile:
         """
         infos = [self.info(name) for name in names]
         kinds = {(info.type, info.shape[-1:]) for info in infos}
-        if len(kinds) > 1 or infos[0].type not in QUANT_BYTES or any(len(i.shape) != 2 for i in infos):
-            told = ", ".join(f"{n} {i.type} {list(i.shape)}" for n, i in zip(names, infos, strict=True))
+        if (
+            len(kinds) > 1
+            or infos[0].type not in QUANT_BYTES
+            or any(len(i.shape) != 2 for i in infos)
+        ):
+            told = ", ".join(
+                f"{n} {i.type} {list(i.shape)}" for n, i in zip(names, infos, strict=True)
+            )
             raise ValueError(f"{self.path}: not quantised matrices of one type and width: {told}")
         kind, K = infos[0].type, infos[0].shape[1]
         N, G, bits = sum(info.shape[0] for info in infos), K // BLOCK, 8 if kind == "Q8_0" else 4
