@@ -1,0 +1,202 @@
+"""Where a model's weights come from: a Hugging Face folder or a GGUF file, behind one face.
+
+Both answer to Hugging Face's names (`model.layers.0.self_attn.q_proj`), and make packed linear
+layers out of them, one matrix at a time.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright import nn
+from tilewright.models._tokenizer import read_json
+from tilewright.quant.gguf import QUANT_BYTES, GGUFFile
+
+
+class Concat(torch.nn.ModuleList):
+    """Linear layers of one input whose weights cannot be stacked; their outputs, side by side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in self], dim=-1)
+
+
+def _frozen(t: Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(t, requires_grad=False)
+
+
+def _dense(weight: Tensor, bias: Tensor | None) -> torch.nn.Linear:
+    linear = torch.nn.Linear(1, 1, bias=False, device="meta")  # no initialisation to throw away
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = _frozen(weight)
+    linear.bias = None if bias is None else _frozen(bias)  # type: ignore[assignment]
+    return linear
+
+
+class Folder:
+    """A Hugging Face folder: config.json and model.safetensors, or its shards."""
+
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self.path, self.dtype, self.device = path, dtype, device
+        self.config = read_json(path / "config.json")
+        self._open: dict[str, Any] = {}
+        self._files = self._index()
+
+    def _index(self) -> dict[str, str]:
+        """Tensor name -> file."""
+        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
+        if index.is_file():
+            files = read_json(index).get("weight_map")
+            if not isinstance(files, dict):
+                raise ValueError(f"{index}: weight_map is missing")
+            return files
+        if not single.is_file():
+            raise FileNotFoundError(f"{single}: no such file, and no model.safetensors.index.json")
+        return dict.fromkeys(self._file(single.name).keys(), single.name)
+
+    def _file(self, name: str) -> Any:
+        import safetensors
+
+        if name not in self._open:
+            path = self.path / name
+            if Path(name).name != name or not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file")
+            try:
+                self._open[name] = safetensors.safe_open(path, framework="pt")
+            except (safetensors.SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+        return self._open[name]
+
+    def has(self, name: str) -> bool:
+        return name in self._files
+
+    def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Tensor `name` of a known shape, in the model's dtype."""
+        return self._read(name, shape).to(self.device, self.dtype)
+
+    def _read(self, name: str, shape: Sequence[int]) -> Tensor:
+        import safetensors
+
+        if name not in self._files:
+            raise ValueError(f"{self.path}: tensor {name} is missing")
+        try:
+            t = self._file(self._files[name]).get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{self.path / self._files[name]}: tensor {name}: {error}") from error
+        _check_shape(self.path, name, t.shape, shape)
+        if not t.is_floating_point() or t.dtype.itemsize == 1:
+            raise ValueError(
+                f"{self.path}: tensor {name} is {t.dtype}, not a float this model reads"
+            )
+        return t
+
+    def linear(
+        self, names: Sequence[str], outs: Sequence[int], in_features: int, heads: Sequence[int] = ()
+    ) -> torch.nn.Module:
+        """One linear of the matrices `names` stacked, `outs` rows each, with their biases."""
+        N = sum(outs)
+        weight = torch.empty(N, in_features, dtype=self.dtype, device=self.device)
+        bias = None
+        if any(self.has(f"{name}.bias") for name in names):
+            bias = torch.zeros(N, dtype=self.dtype, device=self.device)
+        first = 0
+        for name, n in zip(names, outs, strict=True):
+            weight[first : first + n] = self._read(f"{name}.weight", (n, in_features))
+            if bias is not None and self.has(f"{name}.bias"):
+                bias[first : first + n] = self._read(f"{name}.bias", (n,))
+            first += n
+        return _dense(weight, bias)
+
+
+class GGUF:
+    """A GGUF file; `names` maps Hugging Face's module names to GGUF's.
+
+    Quantised matrices stay quantised.  interleaved says that query and key rows are ordered for
+    interleaved rotation, as llama.cpp's converter leaves them: they are put back in half-split order.
+    """
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        names: Mapping[str, str],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        interleaved: bool,
+        activations: str,
+    ) -> None:
+        self.file, self.names, self.dtype, self.device = file, names, dtype, device
+        self.interleaved, self.activations = interleaved, activations
+
+    def _name(self, name: str) -> str:
+        module, _, kind = name.rpartition(".")
+        parts = module.split(".")
+        if parts[:2] == ["model", "layers"]:
+            return f"blk.{parts[2]}.{self.names['.'.join(parts[3:])]}.{kind}"
+        return f"{self.names[module]}.{kind}"
+
+    def has(self, name: str) -> bool:
+        return self._name(name) in self.file.tensors
+
+    def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Tensor `name` of a known shape, in the model's dtype."""
+        return self._read(name, shape, None).to(self.device)
+
+    def _read(self, name: str, shape: Sequence[int], rows: Tensor | None) -> Tensor:
+        theirs = self._name(name)
+        _check_shape(self.file.path, theirs, self.file.info(theirs).shape, shape)
+        return self.file.dense(theirs, self.dtype, rows)
+
+    def linear(
+        self, names: Sequence[str], outs: Sequence[int], in_features: int, heads: Sequence[int] = ()
+    ) -> torch.nn.Module:
+        """One linear of the matrices `names` stacked, `outs` rows each, with their biases.
+
+        heads[i], where given and not 0, is the number of rotated heads in names[i].
+        """
+        theirs = [self._name(f"{name}.weight") for name in names]
+        for name, n in zip(theirs, outs, strict=True):
+            _check_shape(self.file.path, name, self.file.info(name).shape, (n, in_features))
+        kinds = [self.file.info(name).type for name in theirs]
+        rows = [self._order(n, h) for n, h in zip(outs, heads or [0] * len(outs), strict=True)]
+        is_quantised = [kind in QUANT_BYTES for kind in kinds]
+        if len(set(kinds)) > 1 and any(is_quantised):
+            heads = heads or [0] * len(names)
+            parts = zip(names, outs, heads, strict=True)
+            return Concat([self.linear([name], [n], in_features, [h]) for name, n, h in parts])
+        bias = self._bias(names, outs, rows)
+        if all(is_quantised):
+            weight = self.file.quantised(theirs, rows)
+            return nn.QuantLinear(weight, bias, activations=self.activations).to(self.device)
+        stacked = torch.empty(sum(outs), in_features, dtype=self.dtype, device=self.device)
+        first = 0
+        for name, n, order in zip(theirs, outs, rows, strict=True):
+            stacked[first : first + n] = self.file.dense(name, self.dtype, order)
+            first += n
+        return _dense(stacked, bias)
+
+    def _order(self, n: int, heads: int) -> Tensor | None:
+        """The rows of theirs in our order: theirs is (head, i, half), ours (head, half, i)."""
+        if not self.interleaved or not heads:
+            return None
+        return torch.arange(n).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+
+    def _bias(
+        self, names: Sequence[str], outs: Sequence[int], rows: Sequence[Tensor | None]
+    ) -> Tensor | None:
+        if not any(self.has(f"{name}.bias") for name in names):
+            return None
+        parts = [
+            self._read(f"{name}.bias", (n,), order)
+            if self.has(f"{name}.bias")
+            else torch.zeros(n, dtype=self.dtype)
+            for name, n, order in zip(names, outs, rows, strict=True)
+        ]
+        return torch.cat(parts).to(self.device)
+
+
+def _check_shape(where: Path, name: str, got: Sequence[int], wanted: Sequence[int]) -> None:
+    if tuple(got) != tuple(wanted):
+        raise ValueError(f"{where}: tensor {name} has shape {list(got)}, not {list(wanted)}")

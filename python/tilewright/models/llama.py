@@ -1,0 +1,514 @@
+"""Llama: LLaMA 2 and 3, SmolLM2, Mistral, Qwen2 and 2.5 (QKV bias), Qwen3 (QK-norm).
+
+A layer of this decoder (Touvron et al. 2023, arXiv:2302.13971; Ainslie et al. 2023, arXiv:2305.13245):
+    x = x + O attention(rope(Q n), rope(K n), V n),  n = rms_norm(x)
+    x = x + Down swiglu(GateUp n),                   n = rms_norm(x)
+Q, K and V are one matrix, gate and up another, packed at load.
+
+B batch, S new positions, T positions so far, L layers, H query heads, G kv heads, D head dim,
+E model dim, V vocabulary.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright import nn, ops
+from tilewright.models._rope import Rope, RopeTables
+from tilewright.models._sampling import Sampler
+from tilewright.models._tokenizer import TextStream, Tokenizer, read_json
+from tilewright.models._weights import GGUF, Folder
+from tilewright.quant.gguf import GGUFFile
+from tilewright.quant_tensor import QuantTensor
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a Llama; `context` is the most positions it takes, eos the ids that end a text.
+
+    Raises ValueError where the sizes do not fit each other.
+    """
+
+    layers: int
+    hidden_size: int
+    ffn_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    norm_eps: float
+    context: int
+    rope: Rope
+    qk_norm: bool = False
+    eos: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (
+            "layers",
+            "hidden_size",
+            "ffn_size",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "context",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"llama: {name} must be 1 or more, not {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"llama: {self.heads} heads do not divide into {self.kv_heads} kv heads"
+            )
+        if self.rope.dim > self.head_dim:
+            raise ValueError(f"llama: rope dim {self.rope.dim} is above head dim {self.head_dim}")
+
+    @classmethod
+    def from_folder(cls, config: Mapping[str, Any], path: Path) -> "LlamaConfig":
+        """From a Hugging Face config.json."""
+        kind = config.get("model_type")
+        if kind not in MODEL_TYPES:
+            known = ", ".join(MODEL_TYPES)
+            raise ValueError(f"{path}: unknown architecture {kind!r}; known are {known}")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"{path}: hidden_act {config['hidden_act']!r} is not silu")
+        if config.get("quantization_config"):
+            raise ValueError(f"{path}: quantization_config is not read yet; use a GGUF")
+        try:
+            heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+            head_dim = int(config.get("head_dim") or hidden // max(heads, 1))
+            context, window = int(config["max_position_embeddings"]), config.get("sliding_window")
+            if window and config.get("use_sliding_window", kind == "mistral"):
+                context = min(context, int(window))  # up to here a window changes nothing
+            eos = config.get("eos_token_id")
+            if (path / "generation_config.json").is_file():
+                eos = read_json(path / "generation_config.json").get("eos_token_id", eos)
+            return cls(
+                layers=int(config["num_hidden_layers"]),
+                hidden_size=hidden,
+                ffn_size=int(config["intermediate_size"]),
+                heads=heads,
+                kv_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=head_dim,
+                vocab_size=int(config["vocab_size"]),
+                norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+                context=context,
+                rope=Rope.from_config(config, head_dim),
+                qk_norm=kind == "qwen3",
+                eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+            )
+        except KeyError as error:
+            raise ValueError(f"{path / 'config.json'}: {error.args[0]} is missing") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path / 'config.json'}: {error}") from error
+
+    @classmethod
+    def from_gguf(cls, file: GGUFFile) -> "LlamaConfig":
+        """From a GGUF's metadata."""
+        kind = file.metadata.get("general.architecture")
+        if kind not in MODEL_TYPES:
+            known = ", ".join(MODEL_TYPES)
+            raise ValueError(f"{file.path}: unknown architecture {kind!r}; known are {known}")
+
+        def get(name: str, default: Any = None) -> Any:
+            value = file.metadata.get(f"{kind}.{name}", default)
+            if value is None:
+                raise ValueError(f"{file.path}: metadata {kind}.{name} is missing")
+            return value
+
+        if get("expert_count", 0):
+            raise ValueError(f"{file.path}: a mixture of experts is not a Llama")
+        try:
+            heads, hidden = int(get("attention.head_count")), int(get("embedding_length"))
+            head_dim = int(get("attention.key_length", hidden // max(heads, 1)))
+            context = int(get("context_length"))
+            rule = str(get("rope.scaling.type", "default"))
+            divisors: tuple[float, ...] = ()
+            if "rope_freqs.weight" in file.tensors:
+                divisors = tuple(file.dense("rope_freqs.weight", torch.float32).tolist())
+            rope = Rope(
+                dim=int(get("rope.dimension_count", head_dim)),
+                theta=float(get("rope.freq_base", 10000.0)),
+                rule="default" if rule == "none" else rule,
+                context=context,
+                original_context=int(get("rope.scaling.original_context_length", context)),
+                factor=float(get("rope.scaling.factor", 1.0)),
+                divisors=divisors,
+            )
+            eos = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+            return cls(
+                layers=int(get("block_count")),
+                hidden_size=hidden,
+                ffn_size=int(get("feed_forward_length")),
+                heads=heads,
+                kv_heads=int(get("attention.head_count_kv", heads)),
+                head_dim=head_dim,
+                vocab_size=file.info("token_embd.weight").shape[0],
+                norm_eps=float(get("attention.layer_norm_rms_epsilon")),
+                context=context,
+                rope=rope,
+                qk_norm=kind == "qwen3",
+                eos=tuple(sorted({int(i) for i in eos if i is not None})),
+            )
+        except TypeError as error:
+            raise ValueError(f"{file.path}: metadata of {kind}: {error}") from error
+
+
+class Cache:
+    """Rotated keys, and values, of the positions so far: [L, 2, B, G, capacity, D]."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        c = config
+        shape = (c.layers, 2, batch, c.kv_heads, capacity, c.head_dim)
+        self.kv = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+        self._slots: tuple[Tensor, ...] = ()
+        self._windows: tuple[Tensor, ...] = ()
+
+    @property
+    def capacity(self) -> int:
+        return self.kv.shape[4]
+
+    def extend(self, count: int) -> None:
+        """Make room for `count` positions: views of all layers at once, not 4 slices a layer."""
+        start, self.length = self.length, self.length + count
+        by_layer = self.kv.flatten(0, 1)
+        self._slots = by_layer[..., start : self.length, :].unbind()
+        self._windows = by_layer[..., : self.length, :].unbind()
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k, v [B, G, S, D] in the room made; all keys and values of the layer."""
+        at = 2 * layer
+        self._slots[at].copy_(k)
+        self._slots[at + 1].copy_(v)
+        return self._windows[at], self._windows[at + 1]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What generate made: new ids without the end token, their text up to a stop string, its times.
+
+    prefill_seconds is the prompt's pass and yields the first token, decode_seconds the rest;
+    finish is "eos", "stop" or "length"; activations names how quantised layers took theirs.
+    """
+
+    tokens: list[int]
+    text: str
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    finish: str
+    activations: str
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self, config: LlamaConfig, source: Folder | GGUF, index: int) -> None:
+        super().__init__()
+        c, at = config, f"model.layers.{index}"
+        self.index, self.heads, self.kv_heads, self.head_dim = (
+            index,
+            c.heads,
+            c.kv_heads,
+            c.head_dim,
+        )
+        self.eps, self.rotated, self.scale = c.norm_eps, c.rope.dim, c.head_dim**-0.5
+        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        self.input_norm = _norm(source, f"{at}.input_layernorm", c.hidden_size, c.norm_eps)
+        self.qkv = source.linear(
+            [f"{at}.self_attn.{n}_proj" for n in "qkv"], [q, kv, kv], c.hidden_size,
+            [c.heads, c.kv_heads, 0],
+        )  # fmt: skip
+        self.qk_norm: torch.nn.Parameter | None = None
+        if c.qk_norm:  # one norm's weight for every query head, another's for every key head
+            norms = [source.tensor(f"{at}.self_attn.{n}_norm.weight", (c.head_dim,)) for n in "qk"]
+            each = [norms[0].expand(c.heads, -1), norms[1].expand(c.kv_heads, -1)]
+            self.qk_norm = torch.nn.Parameter(torch.cat(each).unsqueeze(1), requires_grad=False)
+        self.o = source.linear([f"{at}.self_attn.o_proj"], [c.hidden_size], q)
+        self.post_norm = _norm(source, f"{at}.post_attention_layernorm", c.hidden_size, c.norm_eps)
+        self.gate_up = source.linear(
+            [f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"], [c.ffn_size] * 2, c.hidden_size
+        )
+        self.down = source.linear([f"{at}.mlp.down_proj"], [c.hidden_size], c.ffn_size)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, S, E], what the layer before adds to residual [B, S, E] -> the same two."""
+        if residual is None:
+            n, residual = ops.rms_norm(x, self.input_norm.weight, self.eps), x
+        else:
+            n, residual = ops.add_rms_norm(x, residual, self.input_norm.weight, self.eps)
+        B, S, _ = n.shape
+        H, G = self.heads, self.kv_heads
+        qkv = self.qkv(n).view(B, S, H + 2 * G, self.head_dim).transpose(1, 2)
+        qk, v = qkv[:, : H + G], qkv[:, H + G :]
+        if self.qk_norm is not None:
+            qk = ops.rms_norm(qk, None, self.eps) * self.qk_norm
+        qk = ops.rope(qk, cos, sin)
+        q, k = qk[:, :H], qk[:, H:]
+        if cache is not None:
+            k, v = cache.store(self.index, k, v)
+        a = ops.attention(q, k, v, causal=True, scale=self.scale)
+        x = self.o(a.transpose(1, 2).reshape(B, S, -1))
+        n, residual = ops.add_rms_norm(x, residual, self.post_norm.weight, self.eps)
+        return self.down(ops.swiglu(self.gate_up(n))), residual
+
+
+class Llama(torch.nn.Module):
+    """The model; from_pretrained makes one.  `tokenizer` is None where the files hold none."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        source: Folder | GGUF,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_context: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        super().__init__()
+        c = self.config = config
+        if max_context is not None and max_context < 1:
+            raise ValueError(f"llama: max_context must be 1 or more, not {max_context}")
+        self.context = c.context if max_context is None else min(max_context, c.context)
+        self.tokenizer = tokenizer
+        self.activations = getattr(source, "activations", "float")
+        embedding = ["model.embed_tokens"], [c.vocab_size], c.hidden_size
+        is_tied = not source.has("lm_head.weight")
+        self.embedding = source.linear(*embedding)
+        self.head = (
+            self.embedding if is_tied else source.linear(["lm_head"], [c.vocab_size], c.hidden_size)
+        )
+        layers = []
+        for i in range(c.layers):
+            if progress is not None:
+                progress(i, c.layers)
+            layers.append(_Layer(c, source, i))
+        self.layers = torch.nn.ModuleList(layers)
+        self.norm = _norm(source, "model.norm", c.hidden_size, c.norm_eps)
+        if progress is not None:
+            progress(c.layers, c.layers)
+        self._tables: RopeTables | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        max_context: int | None = None,
+        activations: str = "float",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "Llama":
+        """Load a Hugging Face folder or a GGUF file; quantised weights stay quantised.
+
+        dtype (float32 on a CPU, bfloat16 on a GPU where None) is that of activations and of weights
+        that are not quantised.  max_context bounds the context below the model's own.
+        activations is nn.QuantLinear's: "int8" rounds what enters a quantised layer.  progress is
+        called with layers done and layers in all.  Raises FileNotFoundError where a file is missing,
+        ValueError where one is corrupt, of an unknown architecture or type, or lacks a tensor.
+        """
+        path, place = Path(path), torch.device(device or "cpu")
+        if dtype is None:
+            dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"llama: dtype must be float32, bfloat16 or float16, not {dtype}")
+        if activations not in ("float", "int8"):
+            raise ValueError(f"llama: activations must be 'float' or 'int8', not {activations!r}")
+        source: Folder | GGUF
+        tokenizer: Tokenizer | None = None
+        if path.is_dir():
+            source = Folder(path, dtype, place)
+            config = LlamaConfig.from_folder(source.config, path)
+            if (
+                not source.has("lm_head.weight")
+                and source.config.get("tie_word_embeddings") is False
+            ):
+                raise ValueError(f"{path}: tensor lm_head.weight is missing")
+            if (path / "tokenizer.json").is_file():
+                tokenizer = Tokenizer.from_folder(path)
+        else:
+            file = GGUFFile(path)
+            config = LlamaConfig.from_gguf(file)
+            is_interleaved = file.metadata["general.architecture"] == "llama"
+            if "tokenizer.ggml.model" in file.metadata:
+                tokenizer = Tokenizer.from_gguf(file.metadata, path)
+            file.metadata.clear()  # lists of every token and merge
+            source = GGUF(
+                file, GGUF_NAMES, dtype, place,
+                interleaved=is_interleaved, activations=activations,
+            )  # fmt: skip
+        return cls(config, source, tokenizer, max_context=max_context, progress=progress).eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for `capacity` positions."""
+        return Cache(self.config, batch, capacity, self.dtype, self.device)
+
+    def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """ids [B, S] int, the positions after cache's -> normalised states [B, S, E]."""
+        S = ids.shape[1]
+        start = 0 if cache is None else cache.length
+        if start + S > self.context:
+            raise ValueError(
+                f"llama: {start + S} tokens are more than the context of {self.context}"
+            )
+        if cache is not None:
+            if start + S > cache.capacity:
+                raise ValueError(
+                    f"llama: {start + S} tokens are more than the cache's {cache.capacity}"
+                )
+            cache.extend(S)
+        tables = self._tables
+        if tables is None or (tables.dtype, tables.device) != (self.dtype, self.device):
+            tables = self._tables = RopeTables(self.config.rope, self.dtype, self.device)
+        cos, sin = tables.rows(start, start + S)
+        weight = self.embedding.weight
+        x = (
+            weight.rows(ids, self.dtype)
+            if isinstance(weight, QuantTensor)
+            else torch.nn.functional.embedding(ids, weight)  # type: ignore[arg-type]
+        )
+        residual: Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, cos, sin, cache)
+        return ops.add_rms_norm(x, residual, self.norm.weight, self.config.norm_eps)[0]
+
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """ids [B, S] int, the positions after cache's -> logits [B, S, V]."""
+        return self.head(self.hidden(ids, cache))
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt_ids: Sequence[int] | Tensor,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        stream: Callable[[str], None] | None = None,
+    ) -> Generation:
+        """Continue prompt_ids [S] until an end token, a stop string, max_new_tokens or the context.
+
+        temperature 0 is greedy; see Sampler for the other options.  stream is called with each piece
+        of text as it settles.  Raises ValueError for an empty prompt, one that leaves no room in the
+        context, an id outside the vocabulary, or an option out of its range.
+        """
+        ids = [int(i) for i in prompt_ids]
+        V, eos = self.config.vocab_size, () if ignore_eos else self._eos()
+        if not ids:
+            raise ValueError("generate: the prompt is empty")
+        if min(ids) < 0 or max(ids) >= V:
+            wrong = next(i for i in ids if not 0 <= i < V)
+            raise ValueError(f"generate: prompt id {wrong} is outside the vocabulary of {V}")
+        if len(ids) >= self.context:
+            raise ValueError(
+                f"generate: a prompt of {len(ids)} tokens leaves no room in a context of {self.context}"
+            )
+        if max_new_tokens < 1:
+            raise ValueError(f"generate: max_new_tokens must be 1 or more, not {max_new_tokens}")
+        sampler = Sampler(
+            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, device=self.device,
+            repetition_penalty=repetition_penalty,
+        )  # fmt: skip
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if self.tokenizer is None and (stops or stream is not None):
+            raise ValueError("generate: stop strings and streaming need a tokenizer; there is none")
+        text = None if self.tokenizer is None else TextStream(self.tokenizer, stops)
+
+        room = min(max_new_tokens, self.context - len(ids))
+        cache = self.new_cache(1, len(ids) + room)
+        pieces: list[str] = []
+        finish, n_prompt, began = "length", len(ids), time.perf_counter()
+
+        def emit(piece: str) -> None:
+            if piece:
+                pieces.append(piece)
+                if stream is not None:
+                    stream(piece)
+
+        token = self._next(ids, cache, sampler, ids)
+        prefilled = time.perf_counter()
+        while True:
+            if token in eos:
+                finish = "eos"
+                break
+            ids.append(token)
+            if text is not None:
+                emit(text.push(token))
+                if text.stopped is not None:
+                    finish = "stop"
+                    break
+            if len(ids) - n_prompt == room:
+                break
+            token = self._next([token], cache, sampler, ids)
+        decoded = time.perf_counter() - prefilled
+        if text is not None:
+            emit(text.close())
+        return Generation(
+            tokens=ids[n_prompt:],
+            text="".join(pieces),
+            prompt_tokens=n_prompt,
+            prefill_seconds=prefilled - began,
+            decode_seconds=decoded,
+            finish=finish,
+            activations=self.activations,
+        )
+
+    def _next(self, new: list[int], cache: Cache, sampler: Sampler, context: list[int]) -> int:
+        states = self.hidden(torch.tensor([new], device=self.device), cache)
+        return sampler(self.head(states[:, -1:])[0, 0], context)
+
+    def _eos(self) -> tuple[int, ...]:
+        if self.config.eos or self.tokenizer is None or self.tokenizer.eos is None:
+            return self.config.eos
+        return (self.tokenizer.eos,)
+
+
+def _norm(source: Folder | GGUF, name: str, size: int, eps: float) -> torch.nn.Module:
+    norm = nn.RMSNorm(size, eps)
+    weight = source.tensor(f"{name}.weight", (size,))
+    norm.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return norm

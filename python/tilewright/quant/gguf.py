@@ -1,0 +1,228 @@
+"""GGUF: metadata as Python values, tensors as QuantTensor or float, read through a memory map.
+
+The `gguf` package parses the file; this module bounds every read, keeps string arrays as plain lists
+(the package makes two arrays a string: 98,000 objects for a tokeniser), and converts tensors a
+megabyte at a time, giving mapped pages back, so that loading never holds the file twice.
+
+A block is 32 weights.  With d and m float16:
+    Q8_0  d, int8 q[32]        w = d q
+    Q4_0  d, uint4 q[32]       w = d (q - 8)
+    Q4_1  d, m, uint4 q[32]    w = d q + m
+Byte i of a 4-bit block holds weight i in its low nibble and weight i + 16 in its high one.
+"""
+
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gguf import GGUFReader
+from gguf.constants import GGMLQuantizationType, GGUFValueType
+from torch import Tensor
+
+from tilewright.quant_tensor import QuantTensor
+
+BLOCK = 32
+QUANT_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}  # a block of 32 weights
+FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CHUNK = 1 << 20  # bytes of the map read before they are given back
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of the file: its type's name, shape (rows first), and bytes."""
+
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class _Reader(GGUFReader):
+    """GGUFReader that refuses to read past the end, and reads arrays into plain lists."""
+
+    def __init__(self, path: Path) -> None:
+        self.arrays: dict[int, list[Any]] = {}  # offset of a field's value -> its elements
+        super().__init__(path)
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        offset, count = int(offset), int(count)
+        end = offset + np.dtype(dtype).itemsize * count
+        if end > len(self.data):
+            raise ValueError(f"truncated: bytes {offset} to {end} of {len(self.data)}")
+        return super()._get(offset, dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if GGUFValueType(raw_type) != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        start = int(orig_offs)
+        head = [self._get(start, np.uint32), self._get(start + 4, np.uint64)]
+        kind, count, offset = GGUFValueType(head[0][0]), int(head[1][0]), start + 12
+        values: list[Any]
+        if kind == GGUFValueType.STRING:
+            order = "big" if self.byte_order == "S" else "little"
+            raw, values = self.data._mmap, []
+            for _ in range(count):
+                end = offset + 8
+                end += int.from_bytes(raw[offset:end], order)  # type: ignore[arg-type]
+                if end > len(self.data):
+                    raise ValueError(f"truncated: bytes {offset} to {end} of {len(self.data)}")
+                values.append(raw[offset + 8 : end].decode("utf-8"))
+                offset = end
+        else:
+            if kind not in self.gguf_scalar_to_np:
+                raise ValueError(f"array of {kind.name} at byte {start}")
+            array = self._get(offset, self.gguf_scalar_to_np[kind], count)
+            values, offset = array.tolist(), offset + array.nbytes
+        self.arrays[start] = values
+        return offset - start, head, [], [GGUFValueType.ARRAY, kind]
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        self.infos: dict[str, TensorInfo] = {}
+        for field in fields:
+            name = field.name
+            shape = tuple(int(d) for d in reversed(field.parts[3].tolist()))
+            code = int(field.parts[4][0])
+            known = code in GGMLQuantizationType._value2member_map_
+            kind = GGMLQuantizationType(code).name if known else f"number {code}"
+            if name in self.infos:
+                raise ValueError(f"tensor {name} is there twice")
+            count = 1
+            for size in shape:
+                count *= size
+            if kind in FLOAT_DTYPES:
+                nbytes = count * FLOAT_DTYPES[kind].itemsize
+            elif kind in QUANT_BYTES:
+                if not shape or shape[-1] % BLOCK:
+                    raise ValueError(f"tensor {name}: {kind} rows of {shape} are not whole blocks")
+                nbytes = count // BLOCK * QUANT_BYTES[kind]
+            else:
+                known_types = ", ".join((*FLOAT_DTYPES, *QUANT_BYTES))
+                raise ValueError(f"tensor {name} has type {kind}; readable are {known_types}")
+            offset = int(start_offs) + int(field.parts[5][0])
+            if offset + nbytes > len(self.data):
+                raise ValueError(
+                    f"truncated: tensor {name} is bytes {offset} to {offset + nbytes} "
+                    f"of {len(self.data)}"
+                )
+            self.infos[name] = TensorInfo(kind, shape, offset, nbytes)
+
+
+class GGUFFile:
+    """A GGUF file: `metadata` (key -> value) and `tensors` (name -> TensorInfo).
+
+    Raises FileNotFoundError where there is no such file, ValueError where it is truncated, corrupt,
+    big-endian, or holds a tensor of a type other than F32, F16, BF16, Q8_0, Q4_0, Q4_1.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: no such file")
+        try:
+            reader = _Reader(self.path)
+            self.metadata = {
+                name: reader.arrays[int(field.offset) + 12 + int(field.parts[0][0])]
+                if field.types[:1] == [GGUFValueType.ARRAY]
+                else field.contents()
+                for name, field in reader.fields.items()
+            }
+        except (ValueError, KeyError, IndexError, OverflowError) as error:
+            message = error.args[0] if error.args else error
+            raise ValueError(f"{self.path}: not a readable GGUF file: {message}") from error
+        if reader.byte_order == "S":
+            raise ValueError(f"{self.path}: GGUF of the other byte order")
+        self.tensors = reader.infos
+        self._map: np.memmap = reader.data
+        self._release(0, len(self._map))
+
+    def info(self, name: str) -> TensorInfo:
+        """The entry of tensor `name`.  Raises ValueError where the file has none."""
+        if name not in self.tensors:
+            raise ValueError(f"{self.path}: tensor {name} is missing")
+        return self.tensors[name]
+
+    def _chunks(self, name: str, rows: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        """(destination rows, their bytes [n, bytes of a row]), a fresh tensor each time."""
+        info = self.info(name)
+        count = info.shape[0] if len(info.shape) > 1 else 1
+        if not info.nbytes:
+            return
+        table = self._map[info.offset : info.offset + info.nbytes].reshape(count, -1)
+        step = max(1, CHUNK // table.shape[1])
+        order = None if rows is None else rows.numpy()
+        for begin in range(0, count, step):
+            part = slice(begin, min(begin + step, count))
+            picked = table[part] if order is None else table[order[part]]
+            yield part, torch.from_numpy(np.array(picked, subok=False))
+            if order is None:
+                self._release(info.offset + begin * table.shape[1], picked.nbytes)
+        self._release(info.offset, info.nbytes)
+
+    def _release(self, offset: int, nbytes: int) -> None:
+        """Give mapped pages back: they count as resident memory until then."""
+        page = mmap.PAGESIZE
+        begin = offset // page * page
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map._mmap.madvise(mmap.MADV_DONTNEED, begin, offset + nbytes - begin)  # type: ignore[attr-defined]
+
+    def dense(self, name: str, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        """Tensor `name` in `dtype`, dequantised where it is quantised; `rows` [N] int reorders it.
+
+        Raises ValueError where the file has no such tensor.
+        """
+        info = self.info(name)
+        if info.type in QUANT_BYTES:
+            return self.quantised([name], [rows]).dequantize(dtype)
+        out = torch.empty(info.shape, dtype=dtype)
+        flat = out.view(info.shape[0] if len(info.shape) > 1 else 1, -1)
+        if rows is not None and len(info.shape) == 1:
+            return self.dense(name, dtype)[rows]
+        for part, data in self._chunks(name, rows):
+            flat[part] = data.view(FLOAT_DTYPES[info.type])
+        return out
+
+    def quantised(
+        self, names: Sequence[str], rows: Sequence[Tensor | None] | None = None
+    ) -> QuantTensor:
+        """Tensors of one quantised type and width, stacked along their rows; codes bit-exact.
+
+        rows[i], where given, is the order [N] in which to read the rows of names[i].  Raises
+        ValueError where types or widths differ, or one is no quantised matrix.
+        """
+        infos = [self.info(name) for name in names]
+        kinds = {(info.type, info.shape[-1:]) for info in infos}
+        if (
+            len(kinds) > 1
+            or infos[0].type not in QUANT_BYTES
+            or any(len(i.shape) != 2 for i in infos)
+        ):
+            told = ", ".join(
+                f"{n} {i.type} {list(i.shape)}" for n, i in zip(names, infos, strict=True)
+            )
+            raise ValueError(f"{self.path}: not quantised matrices of one type and width: {told}")
+        kind, K = infos[0].type, infos[0].shape[1]
+        N, G, bits = sum(info.shape[0] for info in infos), K // BLOCK, 8 if kind == "Q8_0" else 4
+        codes = torch.empty(N, K * bits // 8, dtype=torch.uint8)
+        scales = torch.empty(N, G, dtype=torch.float16)
+        minima = torch.empty(N, G, dtype=torch.float16) if kind == "Q4_1" else None
+        first = 0
+        for i, name in enumerate(names):
+            for part, data in self._chunks(name, rows[i] if rows else None):
+                block = data.view(-1, G, QUANT_BYTES[kind])
+                here = slice(first + part.start, first + part.stop)
+                scales[here] = block[..., :2].contiguous().view(torch.float16).squeeze(-1)
+                if minima is not None:
+                    minima[here] = block[..., 2:4].contiguous().view(torch.float16).squeeze(-1)
+                q = block[..., 2 if minima is None else 4 :]
+                out = codes[here].view(block.shape[0], G, -1)
+                if bits == 8:
+                    torch.bitwise_xor(q, 128, out=out)  # int8 + 128, as an unsigned code
+                    continue
+                even, odd = q[..., 0::2], q[..., 1::2]
+                out[..., :8] = (even & 15) | (odd << 4)
+                out[..., 8:] = (even >> 4) | (odd & 240)
+            first += infos[i].shape[0]
+        return QuantTensor(codes, scales, minima=minima, bits=bits)

@@ -1,0 +1,145 @@
+"""quant/gguf.py: codes bit-exact against the gguf package's own dequantisation; bad files refused."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from tilewright.quant import GGUFFile
+
+QTYPES = ["Q8_0", "Q4_0", "Q4_1"]
+N, K = 70, 96
+
+
+def qtype(name: str) -> gguf.GGMLQuantizationType:
+    return gguf.GGMLQuantizationType[name]
+
+
+def write(path: Path, tensors: dict[str, tuple[np.ndarray, str]], **metadata) -> Path:
+    """A GGUF of tensors {name: (float32 array, type)} and metadata (int, float, str, list)."""
+    writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"))
+    for key, value in metadata.items():
+        key = key.replace("__", ".")
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+    for name, (array, kind) in tensors.items():
+        data = gguf.quants.quantize(array, qtype(kind)) if kind != "F32" else array
+        writer.add_tensor(name, data, raw_dtype=qtype(kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def matrix() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((N, K)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", QTYPES)
+def test_quantised_is_bit_exact(tmp_path, matrix, kind):
+    file = GGUFFile(write(tmp_path / "a.gguf", {"w": (matrix, kind)}))
+    weight = file.quantised(["w"])
+    truth = gguf.quants.dequantize(gguf.quants.quantize(matrix, qtype(kind)), qtype(kind))
+    assert weight.bits == (8 if kind == "Q8_0" else 4) and weight.group == 32
+    assert weight.scales.dtype == torch.float16
+    assert torch.equal(weight.dequantize(), torch.from_numpy(truth))
+    assert torch.equal(file.dense("w", torch.float32), torch.from_numpy(truth))
+
+
+@pytest.mark.parametrize("kind", QTYPES)
+def test_stacks_and_reorders_rows_in_chunks(tmp_path, matrix, kind, monkeypatch):
+    monkeypatch.setattr("tilewright.quant.gguf.CHUNK", 300)  # several chunks a tensor
+    file = GGUFFile(write(tmp_path / "a.gguf", {"a": (matrix, kind), "b": (-matrix, kind)}))
+    order = torch.randperm(N)
+    both = file.quantised(["a", "b"], [order, None]).dequantize()
+    alone = [file.quantised([name]).dequantize() for name in "ab"]
+    assert torch.equal(both, torch.cat((alone[0][order], alone[1])))
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_floats(tmp_path, matrix, kind):
+    row = matrix[0].copy()
+    file = GGUFFile(write(tmp_path / "a.gguf", {"w": (matrix, kind), "v": (row, kind)}))
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
+    for name, array in (("w", matrix), ("v", row)):
+        assert torch.equal(file.dense(name, dtype), torch.from_numpy(array).to(dtype))
+    order = torch.randperm(N)
+    assert torch.equal(file.dense("w", dtype, order), file.dense("w", dtype)[order])
+
+
+def test_metadata(tmp_path):
+    words, numbers = ["a", "é", ""], [3, 1, 2]
+    path = write(tmp_path / "a.gguf", {}, t__words=words, t__numbers=numbers, t__x=0.5, t__on=True)
+    found = GGUFFile(path).metadata
+    assert found["t.words"] == words and found["t.numbers"] == numbers
+    assert found["t.x"] == 0.5 and found["t.on"] is True
+    assert found["general.architecture"] == "llama"
+
+
+def test_bad_files(tmp_path, matrix):
+    path = write(tmp_path / "a.gguf", {"w": (matrix, "Q8_0")}, t__words=["hello", "world"])
+    whole = path.read_bytes()
+    with pytest.raises(FileNotFoundError, match="none.gguf: no such file"):
+        GGUFFile(tmp_path / "none.gguf")
+    bad = tmp_path / "bad.gguf"
+    for name, data in {
+        "empty": b"",
+        "other": b"PK\3\4" * 99,
+        "version": whole[:4] + b"\x63" + whole[5:],
+    }.items():
+        bad.write_bytes(data)
+        with pytest.raises(ValueError, match=r"bad\.gguf: not a readable GGUF"):
+            GGUFFile(bad), name
+    for size in range(1, len(whole) - N * K, 7):  # every kind of cut before the data's end
+        bad.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"bad\.gguf"):
+            GGUFFile(bad)
+    bad.write_bytes(whole[:-64])
+    with pytest.raises(ValueError, match="truncated: tensor w is bytes"):
+        GGUFFile(bad)
+    at = (
+        whole.index(b"\x01\0\0\0\0\0\0\0w") + 9 + 4 + 16
+    )  # the type, after name, rank and two sizes
+    bad.write_bytes(whole[:at] + b"\x0c" + whole[at + 1 :])
+    with pytest.raises(ValueError, match="tensor w has type Q4_K; readable are"):
+        GGUFFile(bad)
+    bad.write_bytes(whole[:at] + b"\xee" + whole[at + 1 :])
+    with pytest.raises(ValueError, match="tensor w has type number 238"):
+        GGUFFile(bad)
+
+
+def test_noise_never_crashes(tmp_path, matrix):
+    path = write(tmp_path / "a.gguf", {"w": (matrix, "Q4_1")}, t__words=["hello"], t__n=[1, 2])
+    whole, generator = path.read_bytes(), np.random.default_rng(0)
+    bad = tmp_path / "bad.gguf"
+    for _ in range(200):
+        noisy = bytearray(whole)
+        for at in generator.integers(0, len(whole) - N * K // 2, 4):
+            noisy[at] = generator.integers(256)
+        bad.write_bytes(noisy)
+        try:
+            GGUFFile(bad)
+        except ValueError as error:
+            assert "\n" not in str(error) and "bad.gguf" in str(error)
+
+
+def test_wrong_requests(tmp_path, matrix):
+    tensors = {"a": (matrix, "Q8_0"), "b": (matrix, "Q4_1"), "c": (matrix, "F32")}
+    file = GGUFFile(write(tmp_path / "a.gguf", tensors))
+    with pytest.raises(ValueError, match=r"a\.gguf: tensor none is missing"):
+        file.dense("none", torch.float32)
+    for names in (["a", "b"], ["c"]):
+        with pytest.raises(ValueError, match="not quantised matrices of one type and width"):
+            file.quantised(names)
