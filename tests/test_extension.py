@@ -216,7 +216,9 @@ def probe_inputs() -> torch.Tensor:
         exact = torch.cat([values, middle])
         edges += [grid, exact, exact.nextafter(exact + 1e30), exact.nextafter(exact - 1e30)]
     ramp = torch.linspace(-110, 100, 400_001)
-    special = torch.tensor([float("inf"), float("-inf"), float("nan"), 3.4e38, -3.4e38, 1e-45, -0.0])
+    special = torch.tensor(
+        [float("inf"), float("-inf"), float("nan"), 3.4e38, -3.4e38, 1e-45, -0.0]
+    )
     x = torch.cat([*edges, ramp, special])
     return torch.nn.functional.pad(x, (0, -len(x) % 16))
 
@@ -228,7 +230,9 @@ def test_simd_arithmetic(level: str, setup_py: dict, tmp_path: Path):
     source.write_text(PROBE)
     flags = f"{setup_py['UNIT_FLAGS']} {setup_py['LEVELS'][level]} -DTW_ISA={level}".split()
     compiler = os.environ.get("CXX", "g++")
-    output(compiler, *flags, f"-I{ROOT / 'csrc/cpu'}", source, ROOT / "csrc/cpu/isa.cpp", "-o", program)
+    output(
+        compiler, *flags, f"-I{ROOT / 'csrc/cpu'}", source, ROOT / "csrc/cpu/isa.cpp", "-o", program
+    )
     if level not in levels_here():
         return  # it compiles: no more can be asked of this machine
     x = probe_inputs()
