@@ -185,6 +185,8 @@ def test_no_place_tells_an_op_that_is_not_there():
         for path in (ROOT / folder).glob(pattern):
             op = path.stem.removeprefix("bench_")
             here = str(path.relative_to(ROOT))
+            if place == "benchmarks" and not re.search(r"^OP = ", path.read_text(), re.M):
+                continue  # a measurement of its own, such as of a whole model
             if not op.startswith("_") and op not in names and here not in INSTEAD.values():
                 strays.append(here)
     assert not strays, "\n".join(strays)
