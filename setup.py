@@ -97,10 +97,13 @@ def build_command():
                 for ext in self.extensions:
                     ext.extra_objects = units
                 super().run()
-            except Exception as error:  # noqa: BLE001 - any compiler failure leaves pure Python
+            except Exception as error:  # any compiler failure leaves pure Python
                 if os.environ.get("TILEWRIGHT_REQUIRE_EXT") == "1":
                     raise
-                print(f"tilewright: no extension, ops run on their references: {error}", file=sys.stderr)
+                print(
+                    f"tilewright: no extension, ops run on their references: {error}",
+                    file=sys.stderr,
+                )
                 self.extensions = []
                 return
             info = {"torch": torch.__version__, "cuda": torch.version.cuda, "levels": list(LEVELS)}

@@ -29,11 +29,11 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
     """A float tensor as a leaf of `dtype` with its strides kept; anything else as it is."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
-    storage = torch.empty_strided(
-        x.size(), x.stride(), dtype=dtype, device=x.device, requires_grad=False
-    )
-    storage.copy_(x.detach())
-    return storage.requires_grad_(x.requires_grad)
+    # an expanded dimension is copied once and expanded again
+    once = x.detach()[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]
+    storage = torch.empty_strided(once.size(), once.stride(), dtype=dtype, device=x.device)
+    storage.copy_(once)
+    return storage.expand(x.size()).requires_grad_(x.requires_grad)
 
 
 def _outputs(result: Any) -> list[Tensor]:
