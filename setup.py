@@ -72,10 +72,10 @@ def extension():
     sources = [str(p.relative_to(ROOT)) for p in sorted((CSRC / "bind").glob("*.cpp"))]
     sources.append("csrc/module.cpp")
     cuda = sorted(str(p.relative_to(ROOT)) for p in (CSRC / "cuda").glob("*.cu"))
-    flags = {"cxx": ["-O2", "-std=c++17", "-fopenmp", "-fvisibility=hidden"]}
+    flags = {"cxx": ["-O2", "-std=c++20", "-fopenmp", "-fvisibility=hidden"]}
     if torch.version.cuda and cpp_extension.CUDA_HOME and cuda:
         arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a")]
-        flags["nvcc"] = ["-O3", "-std=c++17", *arch]
+        flags["nvcc"] = ["-O3", "-std=c++20", *arch]
         flags["cxx"].append("-DTW_CUDA")
         bind = [str(p.relative_to(ROOT)) for p in sorted((CSRC / "bind/cuda").glob("*.cpp"))]
         kind, sources = cpp_extension.CUDAExtension, sources + cuda + bind
