@@ -10,4 +10,10 @@ __all__ = [
     "QuantLinear",
     "RotaryEmbedding",
     "SwiGLU",
+from tilewright.nn.add_rms_norm import AddRMSNorm
+from tilewright.nn.rms_norm import RMSNorm
+
+__all__ = [
+    "AddRMSNorm",
+    "RMSNorm",
 ]

@@ -12,4 +12,10 @@ __all__ = [
     "quant_linear",
     "rope",
     "swiglu",
+from tilewright.ops.add_rms_norm import add_rms_norm
+from tilewright.ops.rms_norm import rms_norm
+
+__all__ = [
+    "add_rms_norm",
+    "rms_norm",
 ]

@@ -12,4 +12,10 @@ __all__ = [
     "quant_linear",
     "rope",
     "swiglu",
+from tilewright.reference.add_rms_norm import add_rms_norm
+from tilewright.reference.rms_norm import rms_norm
+
+__all__ = [
+    "add_rms_norm",
+    "rms_norm",
 ]

@@ -1,0 +1,58 @@
+"""rms_norm: bandwidth-bound.  M rows (tokens), N columns (features)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tilewright import ops
+
+OP = "rms_norm"
+SHAPES: dict[str, dict[str, int]] = {
+    "4096x1920": {"M": 4096, "N": 1920},
+    "decode 1x576": {"M": 1, "N": 576},
+    "decode 8x576": {"M": 8, "N": 576},
+    "decode 1x4096": {"M": 1, "N": 4096},
+    "allocator-bound 4096x8192": {"M": 4096, "N": 8192},
+}
+DTYPES = [torch.float32, torch.bfloat16]
+EPS = 1e-5
+
+
+def inputs(dtype: torch.dtype, device: str, *, M: int, N: int) -> dict[str, Any]:
+    """x [M, N], weight [N]: seeded normals that require gradients."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(M, N, generator=g), torch.randn(N, generator=g)
+    return {
+        "x": x.to(device, dtype).requires_grad_(),
+        "weight": w.to(device, dtype).requires_grad_(),
+    }
+
+
+def ours(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return (ops.rms_norm(x, weight, EPS),)
+
+
+def eager(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """The formula as model code writes it (transformers' LlamaRMSNorm)."""
+    wide = x.float()
+    y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return (weight * y.to(x.dtype),)
+
+
+def functional(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return (F.rms_norm(x, weight.shape, weight, EPS),)
+
+
+PROVIDERS = {
+    "tilewright": ours,
+    "eager": eager,
+    "F.rms_norm": functional,
+    "compile": torch.compile(eager, dynamic=False),
+}
+
+
+def cost(dtype: torch.dtype, *, M: int, N: int) -> tuple[int, int]:
+    """Least bytes (x read, y written, weight read) and FLOPs of the forward pass."""
+    return (2 * M * N + N) * dtype.itemsize, 4 * M * N

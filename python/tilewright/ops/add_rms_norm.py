@@ -1,0 +1,99 @@
+"""add_rms_norm: validate, tilewright::add_rms_norm_{fwd,bwd}, autograd."""
+
+import torch
+from torch import Tensor
+
+from tilewright import _op
+
+_F32_EPS = torch.finfo(torch.float32).eps
+
+_fwd = _op.register(
+    "add_rms_norm",
+    "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor? weight, float eps, float offset)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=lambda x, residual, weight, eps, offset: (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape),
+        x.new_empty(x.shape[:-1], dtype=torch.float32),
+    ),
+)
+_bwd = _op.register(
+    "add_rms_norm",
+    "add_rms_norm_bwd(Tensor dy, Tensor dresidual, Tensor h, Tensor? weight, Tensor rstd,"
+    " float offset, bool weight_grad) -> (Tensor, Tensor)",
+    fake=lambda dy, dresidual, h, weight, rstd, offset, weight_grad: (
+        h.new_empty(h.shape),
+        h.new_empty(0) if weight is None or not weight_grad else weight.new_empty(weight.shape),
+    ),
+)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, offset):
+        y, h, rstd = _fwd(x, residual, weight, eps, offset)
+        ctx.save_for_backward(h, weight, rstd)
+        ctx.offset = offset
+        return y, h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dresidual):
+        weight_grad = ctx.needs_input_grad[2]
+        dx, dw = _bwd(dy, dresidual, *ctx.saved_tensors, ctx.offset, weight_grad)
+        return dx, dx, dw if weight_grad else None, None, None
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream and normalise it.  x, residual [..., D], weight [D] -> y, h [..., D].
+
+    h = x + residual, the new residual, rounded to their dtype (the wider where they differ, as
+    torch's sum), and y = rms_norm(h, weight, eps, offset=offset) in h's.  Autocast changes nothing,
+    as in torch.  Raises ValueError where x is not floating point or has no dimension, residual does
+    not fit it in shape or device, or weight in shape, device or kind of dtype.
+    """
+    if not x.is_floating_point() or x.dim() == 0:
+        raise ValueError(
+            f"add_rms_norm: x must be floating point with at least one dimension, "
+            f"not {x.dtype} {tuple(x.shape)}"
+        )
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"add_rms_norm: residual shape {tuple(residual.shape)} does not fit x {tuple(x.shape)}"
+        )
+    if residual.device != x.device:
+        raise ValueError(f"add_rms_norm: residual is on {residual.device}, x on {x.device}")
+    if residual.dtype != x.dtype:
+        if not residual.is_floating_point():
+            raise ValueError(f"add_rms_norm: residual must be floating point, not {residual.dtype}")
+        wide = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(wide), residual.to(wide)
+    served = _op.serves("add_rms_norm", x)
+    if weight is not None:
+        if weight.dim() != 1 or weight.size(0) != x.size(-1):
+            raise ValueError(
+                f"add_rms_norm: weight shape {tuple(weight.shape)} does not fit x {tuple(x.shape)}"
+            )
+        if weight.device != x.device:
+            raise ValueError(f"add_rms_norm: weight is on {weight.device}, x on {x.device}")
+        if weight.dtype != x.dtype:
+            if not weight.is_floating_point():
+                raise ValueError(f"add_rms_norm: weight must be floating point, not {weight.dtype}")
+            served = served and _op.serves("add_rms_norm", weight)
+    if not served:
+        return _op.twin("add_rms_norm")(x, residual, weight, eps, offset=offset)
+    if eps is None:
+        eps = _F32_EPS
+    if torch.is_grad_enabled() and (
+        x.requires_grad or residual.requires_grad or (weight is not None and weight.requires_grad)
+    ):
+        return _AddRMSNorm.apply(x, residual, weight, eps, offset)
+    y, h, _ = _fwd(x, residual, weight, eps, offset)
+    return y, h
