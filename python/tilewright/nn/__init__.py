@@ -1,19 +1,17 @@
 """Drop-in modules: subclasses of torch.nn where one exists, with its state dict."""
 
+from tilewright.nn.add_rms_norm import AddRMSNorm
 from tilewright.nn.geglu import GeGLU
 from tilewright.nn.quant_linear import QuantLinear
+from tilewright.nn.rms_norm import RMSNorm
 from tilewright.nn.rope import RotaryEmbedding
 from tilewright.nn.swiglu import SwiGLU
 
 __all__ = [
+    "AddRMSNorm",
     "GeGLU",
     "QuantLinear",
+    "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",
-from tilewright.nn.add_rms_norm import AddRMSNorm
-from tilewright.nn.rms_norm import RMSNorm
-
-__all__ = [
-    "AddRMSNorm",
-    "RMSNorm",
 ]

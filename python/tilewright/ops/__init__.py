@@ -1,21 +1,19 @@
 """The public functions: validate, call the operator, autograd.  reference/ has their twins."""
 
+from tilewright.ops.add_rms_norm import add_rms_norm
 from tilewright.ops.attention import attention
 from tilewright.ops.geglu import geglu
 from tilewright.ops.quant_linear import quant_linear
+from tilewright.ops.rms_norm import rms_norm
 from tilewright.ops.rope import rope
 from tilewright.ops.swiglu import swiglu
 
 __all__ = [
+    "add_rms_norm",
     "attention",
     "geglu",
     "quant_linear",
+    "rms_norm",
     "rope",
     "swiglu",
-from tilewright.ops.add_rms_norm import add_rms_norm
-from tilewright.ops.rms_norm import rms_norm
-
-__all__ = [
-    "add_rms_norm",
-    "rms_norm",
 ]

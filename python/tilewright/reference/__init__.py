@@ -1,21 +1,19 @@
 """The specification of every op, in eager PyTorch: same names and signatures as ops/."""
 
+from tilewright.reference.add_rms_norm import add_rms_norm
 from tilewright.reference.attention import attention
 from tilewright.reference.geglu import geglu
 from tilewright.reference.quant_linear import quant_linear
+from tilewright.reference.rms_norm import rms_norm
 from tilewright.reference.rope import rope
 from tilewright.reference.swiglu import swiglu
 
 __all__ = [
+    "add_rms_norm",
     "attention",
     "geglu",
     "quant_linear",
+    "rms_norm",
     "rope",
     "swiglu",
-from tilewright.reference.add_rms_norm import add_rms_norm
-from tilewright.reference.rms_norm import rms_norm
-
-__all__ = [
-    "add_rms_norm",
-    "rms_norm",
 ]
