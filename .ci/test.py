@@ -18,10 +18,10 @@ MODES = ("TRITON_INTERPRET", "TILEWRIGHT_CPU_ISA")
 
 
 def op_tests() -> list[str]:
-    """tests/test_<op>.py of every file in ops/."""
-    ops = sorted((ROOT / "python/tilewright/ops").glob("[a-z]*.py"))
-    tests = [ROOT / f"tests/test_{op.stem}.py" for op in ops]
-    return [str(test.relative_to(ROOT)) for test in tests if test.is_file()]
+    """tests/test_<op>.py, and test_<op>_<more>.py, of every file in ops/."""
+    ops = [op.stem for op in (ROOT / "python/tilewright/ops").glob("[a-z]*.py")]
+    tests = {path for op in ops for path in ROOT.glob(f"tests/test_{op}*.py")}
+    return sorted(str(path.relative_to(ROOT)) for path in tests)
 
 
 def passes() -> dict[str, tuple[dict[str, str], list[str]]]:

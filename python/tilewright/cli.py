@@ -19,7 +19,7 @@ import torch
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.table import Table
 except ModuleNotFoundError as error:
     raise SystemExit(
@@ -85,7 +85,7 @@ def _device(name: str | None) -> torch.device | None:
 @contextlib.contextmanager
 def _load_bar() -> Iterator[Callable[[int, int], None]]:
     """A load bar on stderr; nothing where that is not a terminal."""
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn())
+    columns = (TextColumn("loading layers"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("loading", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -126,7 +126,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    top_p: Annotated[float, typer.Option(max=1.0, help="Above 0; 1: all.")] = 1.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 0; 1: none.")] = 1.0,
     stop: Annotated[
         list[str] | None, typer.Option(help="End at this text; may be given again.")
@@ -141,12 +141,12 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Answer PROMPT with a language model, streaming; speed at the end."""
-    if repetition_penalty <= 0:
-        raise ValueError(f"--repetition-penalty: {repetition_penalty} is not above 0")
     if threads is not None:
         torch.set_num_threads(threads)
     llama = _load(model, dtype, device, activations)
     tokenizer = llama.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{model}: there is no tokeniser beside the weights")
     text = prompt if raw else tokenizer.chat([{"role": "user", "content": prompt}])
 
     def show(piece: str) -> None:
@@ -165,16 +165,17 @@ def generate(
         ignore_eos=ignore_eos,
         stream=None if as_json else show,
     )
+    # the prompt's pass yields the first token; an end token costs a step and is not among tokens
+    steps = len(result.tokens) - (result.finish != "eos")
     speed = {
-        "tokens_per_second": _rate(len(result.tokens) - 1, result.decode_seconds),
+        "tokens_per_second": _rate(steps, result.decode_seconds),
         "prefill_tokens_per_second": _rate(result.prompt_tokens, result.prefill_seconds),
     }
-    weight = next(llama.parameters())
     used = {
-        "activations": activations.value,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": str(weight.device),
-        "implementation": _implementation(weight.device),
+        "activations": result.activations,
+        "dtype": str(llama.dtype).removeprefix("torch."),
+        "device": str(llama.device),
+        "implementation": _implementation(llama.device),
         "threads": torch.get_num_threads(),
     }
     if as_json:
@@ -191,7 +192,7 @@ def generate(
 
 
 def _rate(count: int, seconds: float) -> float:
-    """Count a second; 0 where nothing was timed (the prompt's pass yields the first new token)."""
+    """Count a second; 0 where nothing was timed."""
     return count / seconds if count > 0 and seconds > 0 else 0.0
 
 

@@ -6,7 +6,6 @@ verification held.
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 import tilewright
-from tilewright import cli, ops, reference, testing
+from tilewright import cli, testing
 from tilewright.bench import harness, peers, verify
 
 QUESTION = "Why does the moon show different phases?"
@@ -36,14 +35,14 @@ def errors(definition: ModuleType, dtype: torch.dtype, shape: str) -> tuple[floa
     inputs = definition.inputs(dtype, harness.device(), **definition.SHAPES[shape])
     named = list(inputs)
 
-    def results(fn: Callable, kind: torch.dtype) -> list[Tensor]:
+    def results(kind: torch.dtype) -> list[Tensor]:
         values = [testing._cast(x, kind) for x in inputs.values()]
         return testing.run(lambda *v: fn(**dict(zip(named, v, strict=True))), values, {})
 
-    specification = getattr(reference, definition.OP)
-    truth = results(specification, torch.float64)
-    eager = results(specification, dtype)
-    ours = results(getattr(ops, definition.OP), dtype)
+    fn = definition.PROVIDERS["tilewright"]
+    ours = results(dtype)
+    with tilewright.eager():  # the same call on the reference twins
+        truth, eager = results(torch.float64), results(dtype)
     worst = max(range(len(truth)), key=lambda i: testing.errors(ours[i], truth[i])[1])
     failure = ""
     for i, (o, e, t) in enumerate(zip(ours, eager, truth, strict=True)):
