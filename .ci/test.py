@@ -1,0 +1,93 @@
+"""Every pass of `make test`, each in a process of its own, and one closing total.
+
+natively, everything; the op tests under TRITON_INTERPRET=1; the op tests at each instruction set
+below this machine's best.  --full adds the tests marked slow.  Exit 1 where any pass failed.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MODES = ("TRITON_INTERPRET", "TILEWRIGHT_CPU_ISA")
+
+
+def op_tests() -> list[str]:
+    """tests/test_<op>.py, and test_<op>_<more>.py, of every file in ops/."""
+    ops = [op.stem for op in (ROOT / "python/tilewright/ops").glob("[a-z]*.py")]
+    tests = {path for op in ops for path in ROOT.glob(f"tests/test_{op}*.py")}
+    return sorted(str(path.relative_to(ROOT)) for path in tests)
+
+
+def passes() -> dict[str, tuple[dict[str, str], list[str]]]:
+    """Name -> environment and test files."""
+    from tilewright import _native
+
+    tests = op_tests()
+    interpreted = [
+        *tests,
+        *(["tests/test_llama.py"] if Path("tests/test_llama.py").is_file() else []),
+    ]
+    found = {
+        "native": ({}, []),
+        "interpreter": ({"TRITON_INTERPRET": "1"}, interpreted),
+    }
+    levels = [] if _native.C is None else _native.C.isas()
+    for level in ("avx2", "scalar"):
+        if level in levels[:-1]:
+            found[level] = ({"TILEWRIGHT_CPU_ISA": level}, tests)
+    return found if tests else {"native": found["native"]}
+
+
+def run(name: str, environment: dict[str, str], files: list[str], full: bool) -> dict[str, int]:
+    """Counts of one pass; a pytest that could not even report counts as one failure."""
+    clean = {key: value for key, value in os.environ.items() if key not in MODES}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        only = [] if full else ["-m", "not slow"]
+        print(f"== {name}: {' '.join(f'{k}={v}' for k, v in environment.items())}", flush=True)
+        code = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-rs", f"--junit-xml={report}", *only, *files],
+            env=clean | environment,
+            cwd=ROOT,
+        ).returncode
+        suite = ElementTree.parse(report).getroot().find("testsuite") if report.is_file() else None
+    total, failed, skipped = (
+        (0, 0, 0)
+        if suite is None
+        else (
+            int(suite.get("tests", 0)),
+            int(suite.get("failures", 0)) + int(suite.get("errors", 0)),
+            int(suite.get("skipped", 0)),
+        )
+    )
+    if code and not failed:  # also 5, a pass that found no test
+        failed, total = failed + 1, total + 1
+    return {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="the tests marked slow too")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    totals = {"passed": 0, "failed": 0, "skipped": 0}
+    lines = []
+    for name, (environment, files) in passes().items():
+        start = time.perf_counter()
+        counts = run(name, environment, files, options.full)
+        totals = {key: totals[key] + counts[key] for key in totals}
+        told = ", ".join(f"{count} {key}" for key, count in counts.items())
+        lines.append(f"{name}: {told} in {time.perf_counter() - start:.0f} s")
+    print("\n".join(lines))
+    print(", ".join(f"{count} {key}" for key, count in totals.items()))
+    sys.exit(1 if totals["failed"] else 0)
+
+
+if __name__ == "__main__":
+    main()

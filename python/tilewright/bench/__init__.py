@@ -1,0 +1,1 @@
+"""The harness behind `tilewright bench` and `make demo`; benchmarks/ holds the definitions."""
