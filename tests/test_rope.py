@@ -24,7 +24,9 @@ SHAPES = [
 ]
 
 
-def tables(rows: int, columns: int, device: str, *, doubled: bool, interleaved: bool) -> list[Tensor]:
+def tables(
+    rows: int, columns: int, device: str, *, doubled: bool, interleaved: bool
+) -> list[Tensor]:
     pairs = columns // 2 if doubled else columns
     angles = torch.rand(rows, pairs, device=device) * 6.3
     if doubled:
@@ -144,7 +146,7 @@ def test_doubled_table_is_transformers_formula(device):
     x, cos, sin = (t.detach() for t in case(2, 2, 3, 64, 64, device, False))
     half = torch.cat([-x[..., 32:], x[..., :32]], -1)
     expected = (x * cos + half * sin).double()
-    truth = (x.double() * cos.double() + half.double() * sin.double())
+    truth = x.double() * cos.double() + half.double() * sin.double()
     ours = ops.rope(x, cos, sin).double()
     assert_within(ours, expected, truth, torch.finfo(torch.float32).eps, "y")
 
