@@ -25,9 +25,11 @@ def _act(g, ACT: tl.constexpr):
         # +-64, and g^2 there finite: no 0 * inf for a large finite g; comparisons keep a nan
         near = tl.where(g > 64.0, 64.0, tl.where(g < -64.0, -64.0, g))
         square = near * near
-        s = tl.sigmoid(near * (1.5957691216057308 + 0.07135481627362859 * square))
+        z = near * (1.5957691216057308 + 0.07135481627260025 * square)
+        s = tl.sigmoid(z)
         value = g * s
-        slope = s + g * s * (1.0 - s) * (1.5957691216057308 + 0.21406444882088577 * square)
+        # s(-z), not 1 - s: no cancellation
+        slope = s + g * s * tl.sigmoid(-z) * (1.5957691216057308 + 0.21406444881780076 * square)
     else:
         phi = 0.5 * (1.0 + tl.math.erf(g * 0.7071067811865476))
         value = g * phi

@@ -57,7 +57,9 @@ def test_any_strides(name, dtype, device):
     assert torch.equal(ops.geglu(up, gate), ops.geglu(up, dense))
     assert ops.geglu(gate, up).is_contiguous()
     fwd = torch.ops.tilewright
-    for a, b in zip(fwd.geglu_bwd(gate, gate, up, "none"), fwd.geglu_bwd(dense, dense, up, "none"), strict=True):
+    for a, b in zip(
+        fwd.geglu_bwd(gate, gate, up, "none"), fwd.geglu_bwd(dense, dense, up, "none"), strict=True
+    ):
         assert torch.equal(a, b)
     half = gate[..., :5]
     a = fwd.geglu_packed_bwd(half, gate, "tanh")
@@ -72,7 +74,9 @@ def test_extremes(form, approximate, dtype, device):
     with torch.no_grad():
         for x in inputs:
             x[..., :10] = torch.tensor(edge, device=device)
-    assert_matches_reference(ops.geglu, reference.geglu, *inputs, dtype=dtype, approximate=approximate)
+    assert_matches_reference(
+        ops.geglu, reference.geglu, *inputs, dtype=dtype, approximate=approximate
+    )
 
 
 @APPROXIMATE

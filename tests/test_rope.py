@@ -10,10 +10,11 @@ from tilewright import nn, ops, reference
 from tilewright.testing import assert_matches_reference, assert_within, run
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-# B, H, S, D, columns of the tables: one, odd halves, exact vectors, partial, doubled, doubled and
+# B, H, S, D, columns of the tables: one, nothing turned, odd halves, exact vectors, partial, doubled, doubled and
 # partial, several programs and threads
 SHAPES = [
     (1, 1, 1, 2, 1),
+    (1, 2, 3, 8, 0),
     (2, 3, 5, 14, 7),
     (1, 2, 7, 64, 32),
     (2, 2, 3, 80, 16),
@@ -24,7 +25,9 @@ SHAPES = [
 ]
 
 
-def tables(rows: int, columns: int, device: str, *, doubled: bool, interleaved: bool) -> list[Tensor]:
+def tables(
+    rows: int, columns: int, device: str, *, doubled: bool, interleaved: bool
+) -> list[Tensor]:
     pairs = columns // 2 if doubled else columns
     angles = torch.rand(rows, pairs, device=device) * 6.3
     if doubled:
@@ -126,12 +129,13 @@ def test_strided_gradients(expand, device):
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 8), (2, 0, 3, 8), (2, 2, 0, 8), (2, 2, 3, 0)], ids=str)
-def test_empty(shape, device):
-    x = torch.empty(shape, device=device, requires_grad=True)
-    table = torch.empty(3, shape[-1] // 2, device=device)
-    y = ops.rope(x, table, table)
-    y.sum().backward()
-    assert y.shape == x.shape and x.grad is not None and x.grad.shape == x.shape
+@pytest.mark.parametrize("positions", [False, True])
+def test_empty(positions, shape, device):
+    x = torch.empty(shape, device=device).requires_grad_()
+    cos, sin = tables(3, shape[-1] // 2, device, doubled=False, interleaved=False)
+    ids = torch.zeros(shape[0], shape[2], dtype=torch.int64, device=device) if positions else None
+    kwargs = {"position_ids": ids}
+    assert_matches_reference(ops.rope, reference.rope, x, cos, sin, dtype=torch.float32, **kwargs)
 
 
 def test_rotating_back_restores(device):
@@ -144,7 +148,7 @@ def test_doubled_table_is_transformers_formula(device):
     x, cos, sin = (t.detach() for t in case(2, 2, 3, 64, 64, device, False))
     half = torch.cat([-x[..., 32:], x[..., :32]], -1)
     expected = (x * cos + half * sin).double()
-    truth = (x.double() * cos.double() + half.double() * sin.double())
+    truth = x.double() * cos.double() + half.double() * sin.double()
     ours = ops.rope(x, cos, sin).double()
     assert_within(ours, expected, truth, torch.finfo(torch.float32).eps, "y")
 

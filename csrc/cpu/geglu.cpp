@@ -16,8 +16,11 @@ struct GeluTanh {
   static TW_INLINE Vec value(Vec g, Vec& slope) {
     // s(1 - s) is 0 well inside +-64, and g^2 there finite: no 0 * inf for a large finite g
     const Vec near = min(set1(64.f), max(set1(-64.f), g)), square = near * near;
-    const Vec s = sigmoid(near * fma(square, set1(B), set1(A)));
-    slope = fma(g * s * (set1(1.f) - s), fma(square, set1(3 * B), set1(A)), s);
+    const Vec e = exp(set1(0.f) - near * fma(square, set1(B), set1(A)));
+    const Vec s = set1(1.f) / (set1(1.f) + e);
+    // 1 - s without its cancellation, and 0 rather than inf * 0 where s is 0
+    const Vec other = min(set1(3e38f), e) * s;
+    slope = fma(g * s * other, fma(square, set1(3 * B), set1(A)), s);
     return g * s;
   }
 };

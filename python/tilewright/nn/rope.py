@@ -14,7 +14,7 @@ class RotaryEmbedding(torch.nn.Module):
 
     inv_freq [R / 2], radians a position, for positions below max_positions; scale multiplies cos
     and sin (YaRN's and longrope's attention factor).  The tables follow the module from device to
-    device and stay float32: bfloat16 angles lose a radian at position 256.  They are not saved.
+    device but stay float32 whatever dtype it is cast to, and are not saved.
     """
 
     cos: Tensor

@@ -25,7 +25,12 @@ _bwd = _op.register("rope", f"rope_bwd(Tensor dy, {_ARGS}) -> Tensor", _fake)
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool
+        ctx: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        position_ids: Tensor | None,
+        interleaved: bool,
     ) -> Tensor:
         ctx.save_for_backward(cos, sin, position_ids)
         ctx.interleaved = interleaved
@@ -105,6 +110,9 @@ def rope(
     _check(x, cos, sin, position_ids)
     if not _op.serves("rope", x):
         return _op.twin("rope")(x, cos, sin, interleaved=interleaved, position_ids=position_ids)
-    if x.requires_grad and torch.is_grad_enabled():
-        return _Rope.apply(x, cos, sin, position_ids, interleaved)
+    if torch.is_grad_enabled():
+        if x.requires_grad:
+            return _Rope.apply(x, cos, sin, position_ids, interleaved)
+        if cos.requires_grad or sin.requires_grad:
+            cos, sin = cos.detach(), sin.detach()
     return _fwd(x, cos, sin, position_ids, interleaved)
