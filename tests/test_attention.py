@@ -43,11 +43,11 @@ def packed(device: str, B: int, H: int, G: int, S: int, D: int) -> tuple[Tensor,
     return tuple(p.unflatten(-1, (-1, D)).transpose(1, 2).requires_grad_() for p in parts)
 
 
-def layouts(device: str) -> dict[str, tuple[Tensor, ...]]:
-    q, k, v = qkv(device, 2, 2, 1, 10, 10, 24)
-    cache = torch.randn(2, 2, 1, 99, 24, device=device)
+def layouts(device: str, B: int = 2) -> dict[str, tuple[Tensor, ...]]:
+    q, k, v = qkv(device, B, 4, 2, 10, 10, 24)
+    cache = torch.randn(2, B, 2, 99, 24, device=device)
     return {
-        "packed": packed(device, 2, 2, 1, 10, 24),
+        "packed": packed(device, B, 4, 2, 10, 24),
         "cache": (q, *(c[:, :, :31].requires_grad_() for c in cache)),
         "columns": tuple(t.detach().mT.contiguous().mT.requires_grad_() for t in (q, k, v)),
         "every_other": tuple(t.detach()[:, :, ::2, ::2].requires_grad_() for t in (q, k, v)),
@@ -154,7 +154,7 @@ def test_lse(shape, dtype, device):
 @served
 @pytest.mark.parametrize("layout", ["plain", "packed", "cache", "columns", "empty", "one_query"])
 def test_opcheck(layout, device):
-    cases = layouts(device) | {
+    cases = layouts(device, B=1) | {
         "plain": qkv(device, 1, 4, 2, 10, 7, 16),
         "empty": qkv(device, 2, 4, 2, 0, 7, 16),
         "one_query": qkv(device, 1, 4, 2, 1, 7, 16),
