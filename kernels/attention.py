@@ -20,7 +20,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _load(ptr, rows, stride, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+def _load(
+    ptr, rows, stride, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr
+):
     """Rows [rows, BLOCK_D], zero beyond length and HEAD_DIM."""
     d = tl.arange(0, BLOCK_D)
     mask = (rows < length)[:, None] & (d < HEAD_DIM)[None, :]
@@ -155,17 +157,18 @@ def _dq_step(
 
 @triton.jit
 def _attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, mass_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     H, S, T, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_M queries, and their delta made exact for the dk, dv kernel.
+    """dq of BLOCK_M queries, and what the dk, dv kernel needs to be exact.
 
-    delta was summed from an output already rounded; where one probability is near 1, all that is
-    left of dP - delta is that rounding.  With e = sum dS, 0 but for it, the exact delta is
-    delta + e / sum P, and dq loses e / sum P times P k.
+    lse is rounded, so P is off by one factor in all of a row: mass = sum P undoes it.  delta was
+    summed from an output already rounded; where one probability is near 1, all that is left of
+    dP - delta is that rounding.  With e = sum P (dP - delta) / mass, 0 but for it, the exact delta is
+    delta + e, and dq loses e sum P k.
     """
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     bh = tl.program_id(1).to(tl.int64)
@@ -178,9 +181,8 @@ def _attention_dq_kernel(
     q = _load(q_ptr, rows, stride_qs, S, HEAD_DIM, BLOCK_D, WIDE)
     dout = _load(dout_ptr + base, rows, H * HEAD_DIM, S, HEAD_DIM, BLOCK_D, WIDE)
     lse = tl.load(lse_ptr + bh * S + rows, mask=rows < S, other=0.0)
-    # A row that sees one key, or none, has dS = 0, which dP - delta would only approach: P = 0 here
-    still = (rows + T - S <= 0) if CAUSAL else (rows * 0 + T <= 1)
-    lse = tl.where(still | (rows >= S), float("inf"), lse * LOG2E)
+    # a row that sees nothing has P = 0
+    lse = tl.where((lse == -float("inf")) | (rows >= S), float("inf"), lse * LOG2E)
     delta = tl.load(delta_ptr + bh * S + rows, mask=rows < S, other=0.0)
     factor = scale * LOG2E
 
@@ -202,15 +204,20 @@ def _attention_dq_kernel(
             HEAD_DIM, CAUSAL, True, WIDE, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
-    error = excess / tl.where(mass == 0, 1.0, mass)
-    dq = (dq - error[:, None] * pk) * scale
+    mass = tl.where(mass == 0, 1.0, mass)
+    error = excess / mass
+    # a row that sees one key has dS = 0, which dP - delta only approaches
+    still = (rows + T - S <= 0) if CAUSAL else (rows * 0 + T <= 1)
+    dq = (dq - error[:, None] * pk) * tl.where(still, 0.0, scale / mass)[:, None]
     _store(dq_ptr + base, dq.to(dq_ptr.dtype.element_ty), rows, H * HEAD_DIM, S, HEAD_DIM, BLOCK_D)
     tl.store(delta_ptr + bh * S + rows, delta + error, mask=rows < S)
+    tl.store(mass_ptr + bh * S + rows, mass, mask=rows < S)
 
 
 @triton.jit
 def _dkv_step(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qs, stride_dos, cols, start, S, T, factor,
+    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, mass_ptr,
+    stride_qs, stride_dos, cols, start, S, T, factor,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -224,7 +231,8 @@ def _dkv_step(
     s = tl.dot(k, tl.trans(q), input_precision="ieee") * factor
     if MASK:
         s = tl.where(_visible(rows[None, :], cols[:, None], S, T, CAUSAL), s, -float("inf"))
-    p = tl.exp2(s - lse[None, :])
+    mass = tl.load(mass_ptr + rows, mask=rows < S, other=1.0)
+    p = tl.exp2(s - lse[None, :]) / mass[None, :]
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
     still = (rows + T - S <= 0) if CAUSAL else (rows * 0 + T <= 1)
@@ -235,7 +243,7 @@ def _dkv_step(
 
 @triton.jit
 def _attention_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, mass_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     G, S, T, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
@@ -263,17 +271,18 @@ def _attention_dkv_kernel(
         h = g * GROUP + r
         q_h = q_ptr + b * stride_qb + h * stride_qh
         dout_h = dout_ptr + (b * S * H + h) * HEAD_DIM
-        lse_h = lse_ptr + (b * H + h) * S
-        delta_h = delta_ptr + (b * H + h) * S
+        row = (b * H + h) * S
         for start in range(begin, clear, BLOCK_M):
             dk, dv = _dkv_step(
-                dk, dv, k, v, q_h, dout_h, lse_h, delta_h, stride_qs, H * HEAD_DIM, cols, start, S, T, factor,
+                dk, dv, k, v, q_h, dout_h, lse_ptr + row, delta_ptr + row, mass_ptr + row,
+                stride_qs, H * HEAD_DIM, cols, start, S, T, factor,
                 HEAD_DIM, CAUSAL, True, WIDE, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         # keys beyond T are never stored, so this loop needs no mask
         for start in range(max(begin, clear), S, BLOCK_M):
             dk, dv = _dkv_step(
-                dk, dv, k, v, q_h, dout_h, lse_h, delta_h, stride_qs, H * HEAD_DIM, cols, start, S, T, factor,
+                dk, dv, k, v, q_h, dout_h, lse_ptr + row, delta_ptr + row, mass_ptr + row,
+                stride_qs, H * HEAD_DIM, cols, start, S, T, factor,
                 HEAD_DIM, CAUSAL, False, WIDE, BLOCK_M, BLOCK_D,
             )  # fmt: skip
 
@@ -295,7 +304,10 @@ def _config(table: dict, D: int) -> tuple[dict, dict]:
     """Constexprs and launch options for head dim D."""
     block_d = max(16, triton.next_power_of_2(D))
     m, n, warps, stages = table[max(64, block_d)]
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d}, {"num_warps": warps, "num_stages": stages}
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d}, {
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
 def _tables(dtype: torch.dtype) -> tuple[dict, dict]:
@@ -340,14 +352,22 @@ def attention_fwd(
 
 
 def attention_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq [B, H, S, D], dk, dv [B, G, T, D], lying as [B, S, H, D] and [B, T, G, D]."""
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
     q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
     dout, out = (x.transpose(1, 2).contiguous() for x in (dout, out))
     dq, dk, dv = _heads_last(q), _heads_last(k), _heads_last(k)
-    lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
+    lse = lse.contiguous()
+    delta, mass = torch.empty_like(lse), torch.empty_like(lse)
     blocks, options = _config(_tables(q.dtype)[1], D)
     fixed = {
         "GROUP": H // G,
@@ -362,37 +382,85 @@ def attention_bwd(
             out, dout, delta, H, S, HEAD_DIM=D, BLOCK_M=blocks["BLOCK_M"], BLOCK_D=blocks["BLOCK_D"]
         )
         _attention_dq_kernel[row_grid](
-            q, k, v, dout, lse, delta, dq, *strides, H, S, T, scale, **fixed, **blocks, **options
+            q,
+            k,
+            v,
+            dout,
+            lse,
+            delta,
+            mass,
+            dq,
+            *strides,
+            H,
+            S,
+            T,
+            scale,
+            **fixed,
+            **blocks,
+            **options,
         )
     if dk.numel():
         blocks = _swap(blocks)
         _attention_dkv_kernel[(triton.cdiv(T, blocks["BLOCK_N"]), B * G)](
-            q, k, v, dout, lse, delta, dk, dv, *strides, G, S, T, scale, **fixed, **blocks, **options
+            q,
+            k,
+            v,
+            dout,
+            lse,
+            delta,
+            mass,
+            dk,
+            dv,
+            *strides,
+            G,
+            S,
+            T,
+            scale,
+            **fixed,
+            **blocks,
+            **options,
         )
     return dq, dk, dv
 
 
 def variants() -> list[tuple]:
     """(kernel, signature, constexprs, options) of every shipped configuration."""
-    strides = {f"stride_{x}{axis}": "i32" for x, row in ("qs", "kt", "vt") for axis in ("b", "h", row)}
+    strides = {
+        f"stride_{x}{axis}": "i32" for x, row in ("qs", "kt", "vt") for axis in ("b", "h", row)
+    }
     found = []
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for D in (64, 128, 256):
             fwd, bwd = (_config(table, D) for table in _tables(dtype))
             fixed = {"GROUP": 4, "HEAD_DIM": D, "CAUSAL": True, "WIDE": False}
             pointers = {f"{x}_ptr": f"*{name}" for x in ("q", "k", "v")}
-            saved = {"dout_ptr": f"*{name}", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+            saved = {
+                "dout_ptr": f"*{name}",
+                "lse_ptr": "*fp32",
+                "delta_ptr": "*fp32",
+                "mass_ptr": "*fp32",
+            }
             sizes = {"S": "i32", "T": "i32", "scale": "fp32"}
             found += [
                 (
                     _attention_fwd_kernel,
-                    pointers | {"out_ptr": f"*{name}", "lse_ptr": "*fp32"} | strides | {"H": "i32"} | sizes,
+                    pointers
+                    | {"out_ptr": f"*{name}", "lse_ptr": "*fp32"}
+                    | strides
+                    | {"H": "i32"}
+                    | sizes,
                     fixed | fwd[0],
                     fwd[1],
                 ),
                 (
                     _attention_delta_kernel,
-                    {"out_ptr": f"*{name}", "dout_ptr": f"*{name}", "delta_ptr": "*fp32", "H": "i32", "S": "i32"},
+                    {
+                        "out_ptr": f"*{name}",
+                        "dout_ptr": f"*{name}",
+                        "delta_ptr": "*fp32",
+                        "H": "i32",
+                        "S": "i32",
+                    },
                     {"HEAD_DIM": D, "BLOCK_M": bwd[0]["BLOCK_M"], "BLOCK_D": bwd[0]["BLOCK_D"]},
                     {},
                 ),
@@ -404,7 +472,12 @@ def variants() -> list[tuple]:
                 ),
                 (
                     _attention_dkv_kernel,
-                    pointers | saved | {"dk_ptr": f"*{name}", "dv_ptr": f"*{name}"} | strides | {"G": "i32"} | sizes,
+                    pointers
+                    | saved
+                    | {"dk_ptr": f"*{name}", "dv_ptr": f"*{name}"}
+                    | strides
+                    | {"G": "i32"}
+                    | sizes,
                     fixed | _swap(bwd[0]),
                     bwd[1],
                 ),

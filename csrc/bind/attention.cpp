@@ -102,9 +102,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_, const Tens
                     out.scalar_type(), " does not fit q ", q.sizes(), " ", q.scalar_type());
   TORCH_CHECK_VALUE(lse.scalar_type() == at::kFloat && lse.sizes() == q.sizes().slice(0, 3),
                     "attention_bwd: lse ", lse.sizes(), " ", lse.scalar_type(), " does not fit q ", q.sizes());
-  const Tensor dq = empty_like_heads(q), dk = empty_like_heads(k), dv = empty_like_heads(k), delta = empty_rows(q);
+  const Tensor dq = empty_like_heads(q), dk = empty_like_heads(k), dv = empty_like_heads(k);
+  const Tensor delta = empty_rows(q), mass = empty_rows(q);
   a.out = view(out), a.dout = view(dout), a.dq = view(dq), a.dk = view(dk), a.dv = view(dv);
-  a.lse = lse.data_ptr<float>(), a.delta = delta.data_ptr<float>();
+  a.lse = lse.data_ptr<float>(), a.delta = delta.data_ptr<float>(), a.mass = mass.data_ptr<float>();
   const auto rowsum = TW_PICK(attention_delta);
   at::parallel_for(0, delta.numel(), std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.D)),
                    [&](int64_t begin, int64_t end) { rowsum(a, begin, end); });

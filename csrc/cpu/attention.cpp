@@ -221,15 +221,17 @@ template <class T> void prefill_tile(const AttentionArgs& a, int64_t item, float
 }
 
 // P = e^(s - lse) into p, and dS = P (dP - delta) into ds, where lse and delta follow the lanes
-// (BY_LANE) or the rows of [count, L].
+// (BY_LANE) or the rows of [count, L]; by rows, P is divided by mass too.
 template <bool BY_LANE>
-TW_INLINE void score_gradient(float* p, float* ds, int64_t count, int vectors, const float* lse, const float* delta) {
+TW_INLINE void score_gradient(float* p, float* ds, int64_t count, int vectors, const float* lse, const float* delta,
+                              const float* mass = nullptr) {
   for (int64_t j = 0; j < count; ++j)
     for (int c = 0; c < vectors; ++c) {
       const Vec top = BY_LANE ? load(lse + c * W) : set1(lse[j]);
       const Vec mean = BY_LANE ? load(delta + c * W) : set1(delta[j]);
       float *pj = p + j * L + c * W, *dj = ds + j * L + c * W;
-      const Vec prob = exp(load(static_cast<const float*>(pj)) - top);
+      Vec prob = exp(load(static_cast<const float*>(pj)) - top);
+      if (!BY_LANE) prob = prob * set1(1.f / mass[j]);
       store(pj, prob);
       store(dj, prob * (load(static_cast<const float*>(dj)) - mean));
     }
@@ -249,10 +251,11 @@ TW_INLINE bool sees_one(const AttentionArgs& a, int64_t i) {
   return (a.causal ? i + a.T - a.S : a.T - 1) == 0;
 }
 
-// dQ = scale * sum_j P_j (dP_j - delta) K_j, and delta made exact for dkv_tile.  The delta that comes
-// in was summed from an output already rounded; where one probability is near 1, all that is left of
-// dP - delta is that rounding.  With e = sum_j P_j (dP_j - delta), 0 but for it, the exact delta is
-// delta + e / sum_j P_j, and dQ loses e / sum_j P_j times sum_j P_j K_j.
+// dQ = scale * sum_j P_j (dP_j - delta) K_j, and what dkv_tile needs to be exact.
+// lse is rounded, so P = e^(s - lse) is off by one factor in all of a row: mass = sum_j P_j undoes it.
+// delta was summed from an output already rounded; where one probability is near 1, all that is left
+// of dP - delta is that rounding.  With e = sum_j P_j (dP_j - delta) / mass, 0 but for it, the exact
+// delta is delta + e, and dQ loses e sum_j P_j K_j.
 template <class T> void dq_tile(const AttentionArgs& a, int64_t item, float* scratch) {
   const Tile x = row_tile(a, item);
   const int64_t R = a.group(), D = a.D;
@@ -268,7 +271,7 @@ template <class T> void dq_tile(const AttentionArgs& a, int64_t item, float* scr
     const int64_t flat = (x.b * a.H + h) * a.S + i;
     transpose_in(at<T>(a.q, x.b, h, i), qt, lane, D, a.scale);
     transpose_in(at<T>(a.dout, x.b, h, i), dot, lane, D, 1.f);
-    if (a.lse[flat] != -INF && !sees_one(a, i)) lse[lane] = a.lse[flat];  // +inf: P and dS are 0
+    if (a.lse[flat] != -INF) lse[lane] = a.lse[flat];  // else +inf: P = 0
     delta[lane] = a.delta[flat];
   }
   for (int64_t j = 0; j < x.keys; j += NB) {
@@ -286,10 +289,11 @@ template <class T> void dq_tile(const AttentionArgs& a, int64_t item, float* scr
   }
   for (int lane = 0; lane < x.rows; ++lane) {
     const int64_t row = x.first + lane, h = x.g * R + row % R, i = row / R;
-    const float error = mass[lane] == 0.f ? 0.f : excess[lane] / mass[lane];
+    const float sum = mass[lane] == 0.f ? 1.f : mass[lane], error = excess[lane] / sum;
     for (int64_t d = 0; d < D; ++d) dqt[d * L + lane] -= error * pkt[d * L + lane];
-    transpose_out(dqt, at<T>(a.dq, x.b, h, i), lane, D, a.scale, k_space);
+    transpose_out(dqt, at<T>(a.dq, x.b, h, i), lane, D, sees_one(a, i) ? 0.f : a.scale / sum, k_space);
     a.delta[(x.b * a.H + h) * a.S + i] += error;
+    a.mass[(x.b * a.H + h) * a.S + i] = sum;
   }
 }
 
@@ -318,7 +322,7 @@ template <class T> void dkv_tile(const AttentionArgs& a, int64_t item, float* sc
       if (a.causal)
         for (int64_t r = 0; r < count; ++r)
           for (int64_t lane = most(0, i + r + offset + 1 - first); lane < keys; ++lane) p[r * L + lane] = -INF;
-      score_gradient<false>(p, ds, count, vectors, lse, a.delta + flat);
+      score_gradient<false>(p, ds, count, vectors, lse, a.delta + flat, a.mass + flat);
       for (int64_t r = 0; r < count; ++r)
         if (sees_one(a, i + r)) clear(ds + r * L, L);
       gemm<false, ADD>(q.data, q.stride, ds, dkt, D, count, vectors);

@@ -21,6 +21,7 @@ struct AttentionArgs {
   AttentionView dout, dq, dk, dv;  // backward only
   float* lse;          // [B, H, S], natural logarithm; -inf where a row sees nothing
   float* delta;        // [B, H, S]: rowsum(dout * out); dq refines it, so it runs before dkv
+  float* mass;         // [B, H, S]: what P sums to when recomputed from lse; dq's, for dkv
   float* partial;      // decode with more than one chunk: [B, G, chunks, S * R, D + 2]
   int64_t B, H, G, S, T, D;
   float scale;

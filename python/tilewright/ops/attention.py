@@ -19,9 +19,7 @@ def _heads_last(x: Tensor) -> Tensor:
     return x.new_empty(B, S, N, D).transpose(1, 2)
 
 
-def _fwd_fake(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     return _heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -53,9 +51,7 @@ _bwd = _op.register(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
         out, lse = _fwd(q, k, v, causal, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.causal, ctx.scale = causal, scale
@@ -112,8 +108,9 @@ def attention(
     inputs take its dtype, as F.scaled_dot_product_attention's do.  ValueError on shapes, dtypes or
     devices that do not fit.  Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        low = torch.get_autocast_dtype(q.device.type)
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
         q, k, v = (
             t.to(low) if t.is_floating_point() and t.dtype != torch.float64 else t
             for t in (q, k, v)

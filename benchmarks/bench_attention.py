@@ -1,0 +1,51 @@
+"""attention: causal prefill and decode at SmolLM2-135M's sizes, against torch's own.
+
+B batch, H query heads, G kv heads, S queries, T keys, D head dim.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilewright import ops
+
+OP = "attention"
+SHAPES: dict[str, dict] = {
+    "prefill 512": {"B": 1, "H": 9, "G": 3, "S": 512, "T": 512, "D": 64},
+    "decode 128": {"B": 1, "H": 9, "G": 3, "S": 1, "T": 128, "D": 64},
+    "decode 512": {"B": 1, "H": 9, "G": 3, "S": 1, "T": 512, "D": 64},
+}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def inputs(
+    dtype: torch.dtype, device: str, *, B: int, H: int, G: int, S: int, T: int, D: int
+) -> dict:
+    q = torch.randn(B, H, S, D, device=device, dtype=dtype)
+    k, v = (torch.randn(B, G, T, D, device=device, dtype=dtype) for _ in range(2))
+    return {"q": q, "k": k, "v": v}
+
+
+def _ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    return (ops.attention(q, k, v, causal=True),)
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    # torch's is_causal is top-left: one query sees every key only without it
+    causal = q.shape[2] > 1
+    return (F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True),)
+
+
+PROVIDERS: dict[str, Callable] = {
+    "tilewright": _ours,
+    "eager": _torch,
+    "compile": torch.compile(_torch),
+}
+
+
+def cost(dtype: torch.dtype, *, B: int, H: int, G: int, S: int, T: int, D: int) -> tuple[int, int]:
+    """Least bytes moved, and FLOPs of the visible half under the causal mask."""
+    pairs = S * T - S * (S - 1) // 2
+    return (2 * B * H * S * D + 2 * B * G * T * D) * dtype.itemsize, 4 * B * H * pairs * D
