@@ -6,10 +6,10 @@ With q the unsigned code and g = k // group,
     w[n, k] = scales[n, g] * q[n, k] + minima[n, g]       minima
     w[n, k] = scales[n, g] * (q[n, k] - 2^(bits-1))       symmetric
 
-M rows (tokens), N output features, K input features, G = K / group groups in a row.  4-bit codes lie
-two a byte along K, the even k in the low nibble.  The codes become float32 weights in registers,
-exactly QuantTensor.dequantize's; sums are float32.  Up to GEMV_ROWS rows multiply in float32; above,
-the tensor cores take w and x in x's dtype (float32 as three TF32 products).
+M rows (tokens), N output features, K input features, G = K / group groups in a row.  4-bit codes
+lie two a byte along K, the even k in the low nibble.  The codes become float32 weights in
+registers, as QuantTensor.dequantize makes them; sums are float32.  Up to GEMV_ROWS rows multiply in
+float32; above, the tensor cores take w and x in x's dtype (float32 as three TF32 products).
 
 With activations "int8", x is replaced by sx * round(x / sx) in float32, sx = max|x| / 127 over each
 32 columns of a row (over the group where that is no multiple of 32), ties to even: the integer dot
@@ -46,8 +46,9 @@ def _weight(
 ):  # fmt: skip
     """Rows n [R] of w at columns k .. k + BLOCK_K of group g -> [R, BLOCK_K] float32.
 
-    g, k and k_end (the group's end) are [1] or [R], k even for 4 bits.  Rows masked off are 0; columns at or past k_end
-    are unspecified but finite where the scales are.  FULL: no tile passes its group's end.
+    g, k and k_end (the group's end) are [1] or [R], k even for 4 bits.  Rows masked off are 0;
+    columns at or past k_end are unspecified, but finite where the scales are.  FULL: no tile passes
+    its group's end.
     """
     PER: tl.constexpr = 8 // BITS  # codes in a byte
     j = tl.arange(0, BLOCK_K // PER)[None, :]
@@ -129,8 +130,8 @@ def _gemm_kernel(
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A BLOCK_N x BLOCK_M tile of w x^T: Hopper's tensor cores take their left operand from registers,
-    where the weight has just been decoded, so the product is formed transposed."""
+    """A BLOCK_N x BLOCK_M tile of w x^T: Hopper's tensor cores take their left operand from
+    registers, where the weight has just been decoded, so the product is formed transposed."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.arange(0, BLOCK_K)
@@ -220,7 +221,7 @@ def _round_activations_kernel(
         tl.store(out_runs + start, code * scale, mask=mask)
 
 
-def _block_k(group: int, G: int, widest: int) -> int:
+def _block_k(group: int, widest: int) -> int:
     """Columns a tile: the widest power of two in the group, or one that covers it masked."""
     for block in (128, 64, 32):
         if block <= widest and group % block == 0:
@@ -242,10 +243,15 @@ def _tiles(M: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, {"num_warps": 8, "num_stages": 3}
 
 
-def _gemv_tiles(M: int, block_k: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Block sizes and launch options for M <= GEMV_ROWS: 512 bytes of each of BLOCK_N rows a step."""
-    block_m = triton.next_power_of_2(M)
-    block = {"BLOCK_M": block_m, "BLOCK_N": 8 if block_m == 1 else 4, "SPLIT": max(1, 512 // block_k)}
+def _gemv_tiles(M: int, group: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Block sizes and launch options for M <= GEMV_ROWS."""
+    block_m, block_k = triton.next_power_of_2(M), _block_k(group, 128)
+    # one row keeps 32 bytes of weight in flight a thread; more rows hold more x, and masked tiles
+    # more addresses, so they take fewer columns lest registers spill
+    columns = 1024 if block_m == 1 else 512 if block_m == 2 else 256
+    if group % block_k:
+        columns = 128
+    block = {"BLOCK_M": block_m, "BLOCK_N": 8, "SPLIT": max(1, columns // block_k)}
     return block | {"BLOCK_K": block_k}, {"num_warps": 4, "num_stages": 1}
 
 
@@ -269,7 +275,7 @@ def _round_activations(x: Tensor, group: int) -> Tensor:
     rows = M * (K // width)
     out = x.new_empty(M, K, dtype=torch.float32)
     block = min(1024, triton.next_power_of_2(width))
-    per_program = max(1, 2048 // block)
+    per_program = max(1, 1024 // block)
     _round_activations_kernel[(triton.cdiv(rows, per_program),)](
         x, out,
         x.stride(0),
@@ -295,16 +301,16 @@ def _linear(
     group = K // G
     x, qweight, scales = _unit_inner(x), qweight.contiguous(), scales.contiguous()
     offset, kind = _offset(scales, zeros, minima)
-    if activations == "int8":
+    if activations == "int8" and K:
         x = _round_activations(x, group)
     constants: dict[str, Any] = {"BITS": bits, "OFFSET": kind, "HAS_BIAS": bias is not None}
     if M <= GEMV_ROWS:
-        block, options = _gemv_tiles(M, _block_k(group, G, 128))
+        block, options = _gemv_tiles(M, group)
         grid: tuple[int, ...] = (triton.cdiv(N, block["BLOCK_N"]),)
         kernel = _gemv_kernel
     else:
         block, options = _tiles(M, x.dtype)
-        block["BLOCK_K"] = _block_k(group, G, block["BLOCK_K"])
+        block["BLOCK_K"] = _block_k(group, block["BLOCK_K"])
         grid = (triton.cdiv(M, block["BLOCK_M"]), triton.cdiv(N, block["BLOCK_N"]))
         kernel = _gemm_kernel
         constants |= {"DOT_DTYPE": DOT_DTYPES[x.dtype], "PRECISION": _precision(x.dtype)}
@@ -320,7 +326,12 @@ def _linear(
 
 
 def _dgrad(
-    dy: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None, bits: int
+    dy: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    minima: Tensor | None,
+    bits: int,
 ) -> Tensor:
     (M, N), G = dy.shape, scales.shape[1]
     K = qweight.shape[1] * (8 // bits)
@@ -332,7 +343,11 @@ def _dgrad(
     offset, kind = _offset(scales, zeros, minima)
     block, options = _tiles(M, dy.dtype)
     wide = block["BLOCK_N"]  # the output's columns lie along K here, the walk along N
-    block = {"BLOCK_M": block["BLOCK_M"], "BLOCK_N": min(64, block["BLOCK_K"]), "BLOCK_K": _block_k(group, G, wide)}
+    block = {
+        "BLOCK_M": block["BLOCK_M"],
+        "BLOCK_N": min(64, block["BLOCK_K"]),
+        "BLOCK_K": _block_k(group, wide),
+    }
     per_group = triton.cdiv(group, block["BLOCK_K"])
     _dgrad_kernel[(triton.cdiv(M, block["BLOCK_M"]), G * per_group)](
         dy, qweight, scales, offset, dx,
@@ -382,7 +397,7 @@ def linear_int8_dgrad(
 
 
 def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """(kernel, signature, constexprs, options) of what the launchers use, for offline compilation."""
+    """(kernel, signature, constexprs, options) of what the launchers use, to compile offline."""
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     strides = {"stride_qn": "i32", "stride_sn": "i32"}
@@ -405,29 +420,59 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
         signature = {"x_ptr": t, **weight, "bias_ptr": t, "y_ptr": t, "stride_xm": "i32", **strides}
         signature |= {"stride_ym": "i32", **sizes, "tiles": "i32"}
         if M <= GEMV_ROWS:
-            block, options = _gemv_tiles(M, _block_k(group, 2, 128))
+            block, options = _gemv_tiles(M, group)
             full = group % block["BLOCK_K"] == 0
             found.append(
-                (_gemv_kernel, signature, {**fixed, "HAS_BIAS": True, "FULL": full, **block}, options)
+                (
+                    _gemv_kernel,
+                    signature,
+                    {**fixed, "HAS_BIAS": True, "FULL": full, **block},
+                    options,
+                )
             )
             continue
         block, options = _tiles(M, dtype)
-        wide = {**block, "BLOCK_K": _block_k(group, 2, block["BLOCK_K"])}
+        wide = {**block, "BLOCK_K": _block_k(group, block["BLOCK_K"])}
         full = group % wide["BLOCK_K"] == 0
         found.append(
-            (_gemm_kernel, signature, {**fixed, "HAS_BIAS": True, "FULL": full, **dot, **wide}, options)
+            (
+                _gemm_kernel,
+                signature,
+                {**fixed, "HAS_BIAS": True, "FULL": full, **dot, **wide},
+                options,
+            )
         )
         if M == 64 or (M == 512 and group == 32):
             continue
-        tall = {**block, "BLOCK_N": min(64, block["BLOCK_K"]), "BLOCK_K": _block_k(group, 2, block["BLOCK_N"])}
+        tall = {
+            **block,
+            "BLOCK_N": min(64, block["BLOCK_K"]),
+            "BLOCK_K": _block_k(group, block["BLOCK_N"]),
+        }
         full = group % tall["BLOCK_K"] == 0
-        signature = {"dy_ptr": t, **weight, "dx_ptr": t, "stride_dym": "i32", **strides, "stride_dxm": "i32", **sizes}
+        signature = {
+            "dy_ptr": t,
+            **weight,
+            "dx_ptr": t,
+            "stride_dym": "i32",
+            **strides,
+            "stride_dxm": "i32",
+            **sizes,
+        }
         found.append((_dgrad_kernel, signature, {**fixed, "FULL": full, **dot, **tall}, options))
     found.append(
         (
             _round_activations_kernel,
-            {"x_ptr": "*bf16", "out_ptr": "*fp32", "stride_xm": "i32", "rows": "i32", "K": "i32", "width": "i32", "blocks_per_row": "i32"},
-            {"BLOCK": 32, "ROWS": 64},
+            {
+                "x_ptr": "*bf16",
+                "out_ptr": "*fp32",
+                "stride_xm": "i32",
+                "rows": "i32",
+                "K": "i32",
+                "width": "i32",
+                "blocks_per_row": "i32",
+            },
+            {"BLOCK": 32, "ROWS": 32},
             {"num_warps": 4, "enable_fp_fusion": False},
         )
     )

@@ -15,7 +15,9 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
-FILES = [p.stem for p in sorted((ROOT / "kernels").glob("*.py")) if "def variants(" in p.read_text()]
+FILES = [
+    p.stem for p in sorted((ROOT / "kernels").glob("*.py")) if "def variants(" in p.read_text()
+]
 ARCHS = (80, 90, 100)
 
 COMPILE = r"""
@@ -73,7 +75,10 @@ def test_compiles(name: str, tmp_path: Path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT / "python"), "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, name, *map(str, ARCHS)], env=env, capture_output=True, text=True
+        [sys.executable, "-c", COMPILE, name, *map(str, ARCHS)],
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -85,7 +90,9 @@ def test_compiles(name: str, tmp_path: Path):
             if shared > 99 * 1024:
                 faults.append(f"{row['variant']}: sm_{arch}: {shared} bytes of shared memory")
             if local:
-                faults.append(f"{row['variant']}: sm_{arch}: spills {local} bytes, {registers} registers")
+                faults.append(
+                    f"{row['variant']}: sm_{arch}: spills {local} bytes, {registers} registers"
+                )
     assert not faults, "\n".join(faults)
 
 

@@ -1,5 +1,5 @@
-"""Every csrc/cuda/*.cu compiles for sm_80 and sm_90a without a warning or a spill, and the arithmetic
-one lane does, which is also host code, gives the weight's product on the CPU."""
+"""Every csrc/cuda/*.cu compiles for sm_80 and sm_90a without a warning or a spill, and the
+arithmetic of one lane, which is also host code, gives the weight's product on the CPU."""
 
 import ctypes
 import re
@@ -31,7 +31,9 @@ def test_compiles_without_spills(source: Path, arch: str, tmp_path: Path):
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
     log = nvcc("-Xptxas", "-v", target, "-c", str(source), "-o", str(tmp_path / "unit.o"))
     kernels = re.findall(r"Compiling entry function '(\w+)'", log)
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log)
+    frames = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
+    )
     assert kernels and len(frames) >= len(kernels), log
     assert all(int(stores) == int(loads) == 0 for _, stores, loads in frames), log
 
@@ -86,10 +88,14 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
-@pytest.mark.parametrize("M,N,K,G", [(1, 7, 64, 2), (3, 9, 8256, 43), (8, 5, 576, 9), (5, 6, 4352, 1)])
+@pytest.mark.parametrize(
+    "M,N,K,G", [(1, 7, 64, 2), (3, 9, 8256, 43), (8, 5, 576, 9), (5, 6, 4352, 1)]
+)
 def test_lanes_sum_to_the_product(host, dtype, kind, M, N, K, G):
     number = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-    scale_dtype = {"symmetric": torch.float16, "zeros": torch.bfloat16, "minima": torch.float32}[kind]
+    scale_dtype = {"symmetric": torch.float16, "zeros": torch.bfloat16, "minima": torch.float32}[
+        kind
+    ]
     codes = torch.randint(0, 16, (N, K), dtype=torch.uint8)
     scales = (torch.rand(N, G) + 0.5).to(scale_dtype)
     offset = {"symmetric": None, "zeros": 15 * torch.rand(N, G), "minima": torch.randn(N, G)}[kind]

@@ -166,7 +166,9 @@ def test_repeats_bit_for_bit_and_mutates_nothing(M):
     before = [t.clone() for t in (x, w.qweight, w.scales, w.minima)]
     assert torch.equal(launch(x, w), launch(x, w))
     assert torch.equal(launch(x, w, None, "int8"), launch(x, w, None, "int8"))
-    assert all(torch.equal(a, b) for a, b in zip(before, (x, w.qweight, w.scales, w.minima), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (x, w.qweight, w.scales, w.minima), strict=True)
+    )
 
 
 @pytest.mark.parametrize("M", [1, 20])

@@ -4,7 +4,8 @@
 // output features, so each x that is loaded meets ROWS weights.  A lane's 32 codes lie in one group
 // (group a multiple of 32), so its sum of (q - 8) x is scaled once:
 //
-//     w = s (q - z):  s (sum (q - 8) x + (8 - z) sum x)         w = s q + o:  s sum (q - 8) x + (o + 8 s) sum x
+//     w = s (q - z):  s sum (q - 8) x + s (8 - z) sum x
+//     w = s q + o:    s sum (q - 8) x + (o + 8 s) sum x
 //
 // Sums are float32 in a fixed order: lane, warp (shuffles), block (shared memory).
 #pragma once

@@ -27,6 +27,6 @@ constexpr int INT4_GEMV_ROWS = 8;  // M at most
 
 }  // namespace tilewright::cuda
 
-// Enqueue on `stream`.  Needs 1 <= M <= INT4_GEMV_ROWS, N >= 1, K and group multiples of 32, and x, its rows and
-// qweight 16-byte aligned; gives cudaErrorInvalidValue otherwise.
+// Enqueue on `stream`.  Needs 1 <= M <= INT4_GEMV_ROWS, N >= 1, K and group multiples of 32, and x,
+// its rows and qweight 16-byte aligned; gives cudaErrorInvalidValue otherwise.
 extern "C" cudaError_t tilewright_int4_gemv(const tilewright::cuda::Int4Gemv& a, cudaStream_t stream);

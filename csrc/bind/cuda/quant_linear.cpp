@@ -1,5 +1,5 @@
-// tilewright::linear_int4_gemv, the CUDA C++ kernel for up to 8 rows.  Nothing chooses it: `linear_int4` runs the
-// Triton kernel until this one has passed its tests on a GPU.
+// tilewright::linear_int4_gemv, the CUDA C++ kernel for up to 8 rows.  Nothing chooses it:
+// `linear_int4` runs the Triton kernel until this one has passed its tests on a GPU.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
