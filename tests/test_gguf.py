@@ -91,7 +91,7 @@ def test_metadata(tmp_path):
 def test_bad_files(tmp_path, matrix):
     path = write(tmp_path / "a.gguf", {"w": (matrix, "Q8_0")}, t__words=["hello", "world"])
     whole = path.read_bytes()
-    with pytest.raises(FileNotFoundError, match="none.gguf: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.gguf: no such file"):
         GGUFFile(tmp_path / "none.gguf")
     bad = tmp_path / "bad.gguf"
     for name, data in {

@@ -264,7 +264,12 @@ def test_sampling_equals_transformers():
 
 def test_generate_seed_stream_and_length(tmp_path):
     folder(tmp_path, "llama")
-    ours = Llama.from_pretrained(tmp_path, max_context=16)
+    seen: list[tuple[int, int]] = []
+    ours = Llama.from_pretrained(
+        tmp_path, max_context=16, progress=lambda done, total: seen.append((done, total))
+    )
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert seen == [(0, size), (size // 2, size), (size, size)]
     runs = [
         ours.generate([5, 6], max_new_tokens=9, temperature=1.0, seed=s, ignore_eos=True)
         for s in (1, 1, 2)
@@ -309,6 +314,8 @@ def test_bad_input(tmp_path):
         ({"num_key_value_heads": 3}, "4 heads do not divide into 3"),
         ({"num_hidden_layers": 3}, r"tensor model\.layers\.2\.\S+ is missing"),
         ({"intermediate_size": 80}, r"has shape \[96, 64\], not \[80, 64\]"),
+        ({"hidden_size": 1 << 40, "head_dim": 16}, "has shape"),
+        ({"vocab_size": 0}, "vocab_size must be 1 or more"),
         ({"hidden_size": "wide"}, r"config\.json"),
         ({"rope_parameters": {"rope_type": "spiral"}}, "unknown rule 'spiral'"),
     ]:
@@ -336,7 +343,7 @@ def test_bad_input(tmp_path):
         ({"leave_out": "blk.1.ffn_up.weight"}, r"tensor blk\.1\.ffn_up\.weight is missing"),
         ({"architecture": "mamba"}, "unknown architecture 'mamba'"),
         ({"embedding_length": 96, "attention.key_length": 24}, "has shape"),
-        ({"attention.head_count": 3}, "3 heads do not divide into 2"),
+        ({"attention.head_count": 3}, r"m\.gguf: llama: 3 heads do not divide into 2"),
     ]:
         with pytest.raises(ValueError, match=message):
             Llama.from_pretrained(to_gguf(path, model, {}, **options))

@@ -115,7 +115,7 @@ class Tokenizer:
             raise ValueError(f"{where}: metadata tokenizer.ggml.tokens is missing")
         bos, eos, kind = get("bos_token_id"), get("eos_token_id"), get("model")
         for name, token in (("bos", bos), ("eos", eos), ("unknown", get("unknown_token_id"))):
-            if token is not None and not 0 <= token < len(tokens):
+            if token is not None and (not isinstance(token, int) or not 0 <= token < len(tokens)):
                 raise ValueError(f"{where}: {name} token {token} is outside 0 to {len(tokens) - 1}")
         try:
             if kind == "gpt2":
@@ -132,6 +132,8 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises bare Exception for bad merges
             raise ValueError(f"{where}: {error}") from error
         types = get("token_type") or []
+        if types and len(types) != len(tokens):
+            raise ValueError(f"{where}: {len(types)} token types for {len(tokens)} tokens")
         named = {i for i in (bos, eos, get("unknown_token_id")) if i is not None}
         special = sorted(named | {i for i, t in enumerate(types) if t == CONTROL})
         backend.add_special_tokens([_added(tokens[i], special=True) for i in special])
@@ -163,7 +165,7 @@ class Tokenizer:
         import jinja2
 
         def token(i: int | None) -> str:
-            return "" if i is None else self.backend.id_to_token(i)
+            return "" if i is None else self.backend.id_to_token(i) or ""
 
         try:
             return _compile(self.chat_template).render(
@@ -241,6 +243,10 @@ def _added(token: str, *, special: bool) -> AddedToken:
     return AddedToken(token, normalized=False, special=special)
 
 
+def _pairs(merges: list[str]) -> list[tuple[str, str]]:
+    return [(a, b) for a, _, b in (merge.partition(" ") for merge in merges)]
+
+
 def _byte_level(tokens: list[str], merges: list[str] | None, pre: str) -> Backend:
     if pre not in PATTERNS:
         raise ValueError(f"pre-tokeniser {pre!r} is unknown; known are {', '.join(PATTERNS)}")
@@ -249,7 +255,7 @@ def _byte_level(tokens: list[str], merges: list[str] | None, pre: str) -> Backen
     pattern = PATTERNS[pre]
     model = BPE(
         {token: i for i, token in enumerate(tokens)},
-        [tuple(merge.split(" ", 1)) for merge in merges],
+        _pairs(merges),
         ignore_merges=pattern in (_LLAMA3, _TEKKEN),
     )
     backend = Backend(model)
@@ -273,7 +279,7 @@ def _sentence_piece(
     prefix_space: bool,
 ) -> Backend:
     if merges is not None:
-        pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+        pairs = _pairs(merges)
     elif scores is not None and len(scores) == len(tokens):
         pairs = _merges_of(dict(zip(tokens, scores, strict=True)))
     else:

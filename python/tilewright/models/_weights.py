@@ -69,6 +69,11 @@ class Folder:
                 raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
         return self._open[name]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum((self.path / name).stat().st_size for name in set(self._files.values()))
+
     def has(self, name: str) -> bool:
         return name in self._files
 
@@ -77,26 +82,32 @@ class Folder:
         return self._read(name, shape).to(self.device, self.dtype)
 
     def _read(self, name: str, shape: Sequence[int]) -> Tensor:
-        import safetensors
-
-        if name not in self._files:
-            raise ValueError(f"{self.path}: tensor {name} is missing")
-        try:
-            t = self._file(self._files[name]).get_tensor(name)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{self.path / self._files[name]}: tensor {name}: {error}") from error
-        _check_shape(self.path, name, t.shape, shape)
+        self._check(name, shape)
+        t = self._file(self._files[name]).get_tensor(name)
         if not t.is_floating_point() or t.dtype.itemsize == 1:
             raise ValueError(
                 f"{self.path}: tensor {name} is {t.dtype}, not a float this model reads"
             )
         return t
 
+    def _check(self, name: str, shape: Sequence[int]) -> None:
+        import safetensors
+
+        if name not in self._files:
+            raise ValueError(f"{self.path}: tensor {name} is missing")
+        try:
+            got = self._file(self._files[name]).get_slice(name).get_shape()
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{self.path / self._files[name]}: tensor {name}: {error}") from error
+        _check_shape(self.path, name, got, shape)
+
     def linear(
         self, names: Sequence[str], outs: Sequence[int], in_features: int, heads: Sequence[int] = ()
     ) -> torch.nn.Module:
         """One linear of the matrices `names` stacked, `outs` rows each, with their biases."""
         N = sum(outs)
+        for name, n in zip(names, outs, strict=True):  # before a wrong size is allocated
+            self._check(f"{name}.weight", (n, in_features))
         weight = torch.empty(N, in_features, dtype=self.dtype, device=self.device)
         bias = None
         if any(self.has(f"{name}.bias") for name in names):
@@ -136,6 +147,11 @@ class GGUF:
         if parts[:2] == ["model", "layers"]:
             return f"blk.{parts[2]}.{self.names['.'.join(parts[3:])]}.{kind}"
         return f"{self.names[module]}.{kind}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self.file.path.stat().st_size
 
     def has(self, name: str) -> bool:
         return self._name(name) in self.file.tensors

@@ -9,6 +9,7 @@ B batch, S new positions, T positions so far, L layers, H query heads, G kv head
 E model dim, V vocabulary.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -74,6 +75,7 @@ class LlamaConfig:
             "heads",
             "kv_heads",
             "head_dim",
+            "vocab_size",
             "context",
         ):
             if getattr(self, name) < 1:
@@ -117,7 +119,9 @@ class LlamaConfig:
                 context=context,
                 rope=Rope.from_config(config, head_dim),
                 qk_norm=kind == "qwen3",
-                eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+                eos=tuple(
+                    int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None
+                ),
             )
         except KeyError as error:
             raise ValueError(f"{path / 'config.json'}: {error.args[0]} is missing") from error
@@ -165,15 +169,16 @@ class LlamaConfig:
                 heads=heads,
                 kv_heads=int(get("attention.head_count_kv", heads)),
                 head_dim=head_dim,
-                vocab_size=file.info("token_embd.weight").shape[0],
+                vocab_size=math.prod(file.info("token_embd.weight").shape[:1]),
                 norm_eps=float(get("attention.layer_norm_rms_epsilon")),
                 context=context,
                 rope=rope,
                 qk_norm=kind == "qwen3",
                 eos=tuple(sorted({int(i) for i in eos if i is not None})),
             )
-        except TypeError as error:
-            raise ValueError(f"{file.path}: metadata of {kind}: {error}") from error
+        except (TypeError, ValueError) as error:
+            told = str(error).removeprefix(f"{file.path}: ")
+            raise ValueError(f"{file.path}: {told}") from error
 
 
 class Cache:
@@ -311,12 +316,12 @@ class Llama(torch.nn.Module):
         layers = []
         for i in range(c.layers):
             if progress is not None:
-                progress(i, c.layers)
+                progress(source.nbytes * i // c.layers, source.nbytes)
             layers.append(_Layer(c, source, i))
         self.layers = torch.nn.ModuleList(layers)
         self.norm = _norm(source, "model.norm", c.hidden_size, c.norm_eps)
         if progress is not None:
-            progress(c.layers, c.layers)
+            progress(source.nbytes, source.nbytes)
         self._tables: RopeTables | None = None
 
     @classmethod
@@ -335,7 +340,7 @@ class Llama(torch.nn.Module):
         dtype (float32 on a CPU, bfloat16 on a GPU where None) is that of activations and of weights
         that are not quantised.  max_context bounds the context below the model's own.
         activations is nn.QuantLinear's: "int8" rounds what enters a quantised layer.  progress is
-        called with layers done and layers in all.  Raises FileNotFoundError where a file is missing,
+        called with bytes done and bytes in all.  Raises FileNotFoundError where a file is missing,
         ValueError where one is corrupt, of an unknown architecture or type, or lacks a tensor.
         """
         path, place = Path(path), torch.device(device or "cpu")
@@ -507,7 +512,7 @@ class Llama(torch.nn.Module):
         return (self.tokenizer.eos,)
 
 
-def _norm(source: Folder | GGUF, name: str, size: int, eps: float) -> torch.nn.Module:
+def _norm(source: Folder | GGUF, name: str, size: int, eps: float) -> torch.nn.RMSNorm:
     norm = nn.RMSNorm(size, eps)
     weight = source.tensor(f"{name}.weight", (size,))
     norm.weight = torch.nn.Parameter(weight, requires_grad=False)

@@ -63,7 +63,7 @@ class _Reader(GGUFReader):
         values: list[Any]
         if kind == GGUFValueType.STRING:
             order = "big" if self.byte_order == "S" else "little"
-            raw, values = self.data._mmap, []
+            raw, values = self.data._mmap, []  # type: ignore[attr-defined]
             for _ in range(count):
                 end = offset + 8
                 end += int.from_bytes(raw[offset:end], order)  # type: ignore[arg-type]
