@@ -39,7 +39,8 @@ TW_INLINE double row_sum(int64_t n, Term term, Tail tail) {
 }
 
 TW_INLINE float rstd_of(double sum_squares, int64_t n, float eps) {
-  return 1.f / __builtin_sqrtf(float(sum_squares / double(n)) + eps);
+  // float64, once a row: two roundings the whole row would share
+  return float(1.0 / __builtin_sqrt(sum_squares / double(n) + double(eps)));
 }
 
 template <class T>
