@@ -1,0 +1,88 @@
+"""The harness: what it finds, times, counts and writes."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tilewright.bench import harness, timing
+
+DEFINITION = """
+import torch
+OP = "double"
+SHAPES = {"small": {"n": 8}, "large": {"n": 16}}
+DTYPES = (torch.float32, torch.bfloat16)
+def inputs(dtype, device, *, n):
+    return {"x": torch.ones(n, dtype=dtype, device=device, requires_grad=True), "by": 2}
+def ours(x, by):
+    return (x * by,)
+def eager(x, by):
+    return (x + x,)
+PROVIDERS = {"tilewright": ours, "eager": eager}
+def cost(dtype, *, n):
+    return 2 * n * dtype.itemsize, n
+"""
+
+
+@pytest.fixture
+def definition(tmp_path: Path) -> ModuleType:
+    (tmp_path / "bench_double.py").write_text(DEFINITION)
+    (tmp_path / "bench_own.py").write_text("def measure(quick): return [{'what': 'it', 'n': 3}]\n")
+    return harness.discover(tmp_path, ["double"])[0]
+
+
+def test_every_definition_of_the_house_can_be_found():
+    directory = Path(__file__).resolve().parent.parent / "benchmarks"
+    for found in harness.discover(directory):
+        assert hasattr(found, "measure") or {"tilewright", "eager"} <= found.PROVIDERS.keys()
+        if hasattr(found, "OP"):
+            assert harness.name_of(found) == found.OP
+
+
+def test_an_op_is_timed_forward_and_backward_at_every_shape(definition):
+    report = harness.measure(definition, quick=True)
+    assert [(r["shape"], r["dtype"], r["mode"]) for r in report["rows"]] == [
+        ("small", "float32", "fwd"),
+        ("small", "float32", "fwd+bwd"),
+    ]
+    line = report["rows"][0]
+    ours, eager = (line["milliseconds"][k] for k in ("tilewright", "eager"))
+    assert line["speedup_over"] == {"eager": eager / ours}
+    assert line["gb_per_second"] == 2 * 8 * 4 / (ours / 1e3) / 1e9
+    assert not line["allocator_bound"]
+
+
+def test_backward_yields_every_gradient(definition):
+    inputs = definition.inputs(torch.float32, "cpu", n=4)
+    (grad,) = harness.forward_backward(definition.PROVIDERS["tilewright"], inputs)()
+    assert grad.shape == (4,) and inputs["x"].grad is None
+
+
+def test_rivals_take_turns():
+    order: list[str] = []
+    rivals = {name: lambda name=name: order.append(name) for name in "ab"}
+    medians = timing.interleaved(rivals, seconds=0.0, least=3)
+    assert medians.keys() == {"a", "b"} and all(t > 0 for t in medians.values())
+    first_of_run = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert len(first_of_run) >= 5  # warm up a, b; then turns that start with another each time
+
+
+def test_a_report_says_where_it_came_from_and_is_written_whole(tmp_path, definition):
+    own = harness.discover(tmp_path, ["own"])[0]
+    report = harness.measure(own)
+    wanted = {"device", "cpu", "threads", "instruction_set", "torch", "triton", "python", "commit"}
+    assert wanted <= report.keys() and report["rows"] == [{"what": "it", "n": 3}]
+    path = harness.write(report, tmp_path / "results")
+    assert path == tmp_path / "results" / report["device"] / "own.json"
+    assert json.loads(path.read_text()) == report
+    assert [p.name for p in path.parent.iterdir()] == ["own.json"]
+    assert harness.table(report).row_count == 1
+
+
+def test_what_is_not_there_is_named(tmp_path, definition):
+    with pytest.raises(ValueError, match=r"no benchmark nothing; there are double, own"):
+        harness.discover(tmp_path, ["nothing"])
+    with pytest.raises(ValueError, match=r"no bench_<name>\.py in"):
+        harness.discover(tmp_path / "elsewhere")
