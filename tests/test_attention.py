@@ -15,7 +15,7 @@ from tilewright.testing import assert_matches_reference, assert_within, run
 SHAPES = {
     "one": (1, 1, 1, 1, 1, 1),
     "decode_two_chunks": (1, 6, 2, 1, 300, 64),
-    "decode_odd_head_dim": (2, 6, 2, 1, 7, 40),
+    "decode_odd_head_dim": (2, 6, 2, 1, 23, 40),
     "few_queries": (1, 8, 2, 5, 60, 80),
     "mqa": (1, 5, 1, 9, 20, 16),
     "exact_tile": (2, 3, 3, 48, 48, 64),
@@ -79,11 +79,19 @@ def test_expanded(dtype, device):
 
 
 @pytest.mark.parametrize("S", [2, 20], ids=["decode", "blocked"])
-@pytest.mark.parametrize("scale", [0.0, 0.5, -0.3])
+@pytest.mark.parametrize("scale", [0.25, 0.5, -0.3])
 def test_scale(scale, S, dtype, device):
-    inputs = qkv(device, 1, 6, 2, S, 70, 32)
+    inputs = qkv(device, 1, 4, 2, S, 53, 32)
     assert_matches_reference(
         ops.attention, reference.attention, *inputs, dtype=dtype, causal=True, scale=scale
+    )
+
+
+@pytest.mark.parametrize("S", [2, 20], ids=["decode", "blocked"])
+def test_scale_zero_averages(S, dtype, device):
+    inputs = (t.detach() for t in qkv(device, 1, 4, 2, S, 53, 32))
+    assert_matches_reference(
+        ops.attention, reference.attention, *inputs, dtype=dtype, causal=True, scale=0.0
     )
 
 
