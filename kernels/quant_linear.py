@@ -249,9 +249,10 @@ def _gemv_tiles(M: int, group: int) -> tuple[dict[str, int], dict[str, int]]:
     # one row keeps 32 bytes of weight in flight a thread; more rows hold more x, and masked tiles
     # more addresses, so they take fewer columns lest registers spill
     columns = 1024 if block_m == 1 else 512 if block_m == 2 else 256
+    block_n = 8
     if group % block_k:
-        columns = 128
-    block = {"BLOCK_M": block_m, "BLOCK_N": 8, "SPLIT": max(1, columns // block_k)}
+        columns, block_n = 128, 4
+    block = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": max(1, columns // block_k)}
     return block | {"BLOCK_K": block_k}, {"num_warps": 4, "num_stages": 1}
 
 
