@@ -161,7 +161,8 @@ class LlamaConfig:
                 factor=float(get("rope.scaling.factor", 1.0)),
                 divisors=divisors,
             )
-            eos = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+            ends = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot"))
+            eos: list[Any] = [file.metadata.get(key) for key in ends]
             return cls(
                 layers=int(get("block_count")),
                 hidden_size=hidden,
