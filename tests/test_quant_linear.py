@@ -109,7 +109,9 @@ def test_extreme_codes_and_activations(bits, M, code, device):
         bits=bits,
     )
     for sign in (1.0, -1.0):
-        check(w, torch.full((M, 64), 127.0 * sign, device=device), torch.float32, activations="int8")
+        check(
+            w, torch.full((M, 64), 127.0 * sign, device=device), torch.float32, activations="int8"
+        )
 
 
 @pytest.mark.parametrize("view", ["3d", "transposed", "rows", "expanded", "misaligned"])

@@ -40,7 +40,9 @@ class QuantTensor:
         if self.bits not in (4, 8):
             raise ValueError(f"QuantTensor: bits must be 4 or 8, not {self.bits}")
         if q.dim() != 2 or q.dtype != torch.uint8:
-            raise ValueError(f"QuantTensor: qweight must be 2-D uint8, not {q.dtype} {list(q.shape)}")
+            raise ValueError(
+                f"QuantTensor: qweight must be 2-D uint8, not {q.dtype} {list(q.shape)}"
+            )
         shape = torch.Size((q.shape[0], q.shape[1] * (8 // self.bits)))
         object.__setattr__(self, "shape", shape)
         if s.dim() != 2 or s.dtype not in SCALE_DTYPES or s.shape[0] != q.shape[0]:
@@ -130,5 +132,7 @@ class QuantTensor:
 def pack_int4(codes: Tensor) -> Tensor:
     """uint8 codes 0..15 [N, K], K even -> [N, K/2], the even k in the low nibble."""
     if codes.dtype != torch.uint8 or codes.shape[-1] % 2:
-        raise ValueError(f"pack_int4: codes must be uint8 with an even last dimension, not {codes.dtype} {list(codes.shape)}")
+        raise ValueError(
+            f"pack_int4: codes must be uint8 with an even last dimension, not {codes.dtype} {list(codes.shape)}"
+        )
     return codes[..., 0::2] | (codes[..., 1::2] << 4)

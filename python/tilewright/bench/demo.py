@@ -5,6 +5,8 @@ verification held.
 """
 
 import argparse
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 import tilewright
-from tilewright import cli, testing
+from tilewright import testing
 from tilewright.bench import harness, peers, verify
 
 QUESTION = "Why does the moon show different phases?"
@@ -26,7 +28,9 @@ def answer(console: Console, quick: bool) -> None:
     """Let the model answer on screen."""
     console.rule("SmolLM2-135M-Instruct, Q4_1")
     console.print(QUESTION, style="bold")
-    cli.generate(QUESTION, peers.smollm2(), max_new_tokens=48 if quick else 160)
+    command = [sys.executable, "-m", "tilewright.cli", "generate", QUESTION]
+    new = "48" if quick else "160"
+    subprocess.run([*command, "--model", str(peers.smollm2()), "--max-new-tokens", new], check=True)
 
 
 def errors(definition: ModuleType, dtype: torch.dtype, shape: str) -> tuple[float, float, str]:

@@ -77,14 +77,16 @@ def verify(path: Path, *, tokens: int = 256, threads: int | None = None) -> dict
     with torch.inference_mode():
         ours = Llama.from_pretrained(path, dtype=torch.float32, activations="float")
         theirs = their_model(path, torch.float32)
-        ids = ours.tokenizer.encode(TEXT)[:tokens]
+        tokenizer = ours.tokenizer
+        if tokenizer is None:
+            raise ValueError(f"verify: {path} has no tokenizer")
+        ids = tokenizer.encode(TEXT)[:tokens]
         if len(ids) < tokens:
             raise ValueError(f"verify: the text has {len(ids)} tokens, fewer than {tokens}")
         batch = torch.tensor([ids])
         expected, found = theirs(batch).logits[0].float(), ours(batch)[0].float()
         prompts = [
-            ours.tokenizer.encode(ours.tokenizer.chat([{"role": "user", "content": p}]))
-            for p in PROMPTS
+            tokenizer.encode(tokenizer.chat([{"role": "user", "content": p}])) for p in PROMPTS
         ]
         same = [
             ours.generate(p, max_new_tokens=NEW_TOKENS, ignore_eos=True).tokens

@@ -415,6 +415,7 @@ class Llama(torch.nn.Module):
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, cos, sin, cache)
+        assert residual is not None  # a model has layers: the configuration says how many
         return ops.add_rms_norm(x, residual, self.norm.weight, self.config.norm_eps)[0]
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:

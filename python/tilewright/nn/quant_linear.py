@@ -59,7 +59,9 @@ class QuantLinear(torch.nn.Module):
         super()._apply(fn, recurse)
         for name, old in kept.items():
             new = getattr(self, name)
-            if old is not None and new.dtype != old.dtype:  # a cast: keep the values, follow the move
+            if (
+                old is not None and new.dtype != old.dtype
+            ):  # a cast: keep the values, follow the move
                 setattr(self, name, old.to(new.device))
         self._weight = None
         return self

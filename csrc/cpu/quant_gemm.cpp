@@ -1,0 +1,332 @@
+// More rows: a block of columns is unpacked once, and from L2 it feeds every row.  In float32, in
+// integers for int8 activations where the CPU has VNNI, and the input gradient.
+#include "quant_codes.h"
+
+namespace tilewright::cpu::TW_ISA {
+
+void quant_prepare_int8(const QuantWeight& w, const void* x, DType dtype, int8_t* codes,
+                        float* scales, int32_t* isums, float* fake) {
+  const int64_t group = w.K / w.G, block = group % 32 == 0 ? 32 : group;
+  for (int64_t b = 0; b * block < w.K; ++b) {
+    float numbers[32];  // a longer block is read again for each use
+    const bool whole = block == 32;
+    if (whole) to_floats(x, dtype, b * 32, numbers, 32);
+    const auto at = [&](int64_t j) { return whole ? numbers[j] : scalar_at(x, dtype, b * block + j); };
+    float largest = 0.f;
+    for (int64_t j = 0; j < block; ++j) {
+      const float size = __builtin_fabsf(at(j));
+      largest = size > largest ? size : largest;
+    }
+    const float scale = largest / 127.f, inverse = scale > 0 ? 1.f / scale : 0.f;
+    int32_t sum = 0;
+    for (int64_t j = 0; j < block; ++j) {
+      float q = __builtin_rintf(at(j) * inverse);
+      q = q > 127.f ? 127.f : q < -127.f ? -127.f : q;
+      if (fake) {
+        fake[b * block + j] = q * scale;
+      } else {
+        codes[b * block + j] = int8_t(q);
+        sum += int32_t(q);
+      }
+    }
+    if (!fake) {
+      scales[b] = scale;
+      isums[b] = sum;
+    }
+  }
+  if (fake) return;
+  for (int64_t k = w.K; k < padded(w.K); ++k) codes[k] = 0;
+  for (int64_t b = w.K / 32; b < padded(w.K) / 32; ++b) {
+    scales[b] = 0.f;
+    isums[b] = 0;
+  }
+}
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int MR = 12, NV = 2;  // 24 accumulators, 2 weights, 1 broadcast: 27 of 32 registers
+#elif defined(__AVX2__)
+constexpr int MR = 6, NV = 2;  // 12 + 2 + 1 of 16
+#else
+constexpr int MR = 4, NV = 16;  // 16 columns a block, as wide as the tables elsewhere
+#endif
+constexpr int64_t NB = NV * W;     // columns a block
+constexpr int64_t KC = 512;        // panel depth: MR * KC floats of x stay in L1
+
+// Terms summed before they join the total: a long running sum would round every term to its size.
+constexpr int64_t SEGMENT = W == 1 ? 16 : 8 * W;
+
+// out[r, NB] += x[r, kc] panel[kc, NB] for R <= MR rows.
+template <int R>
+TW_INLINE void micro(const float* x, int64_t x_stride, const float* panel, int64_t kc, float* out) {
+  for (int64_t k0 = 0; k0 < kc; k0 += SEGMENT) {
+    const int64_t stop = k0 + SEGMENT < kc ? k0 + SEGMENT : kc;
+    Vec acc[R][NV];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < NV; ++v) acc[r][v] = set1(0.f);
+    for (int64_t k = k0; k < stop; ++k) {
+      Vec b[NV];
+      for (int v = 0; v < NV; ++v) b[v] = load(panel + k * NB + v * W);
+      for (int r = 0; r < R; ++r) {
+        const Vec a = set1(x[r * x_stride + k]);
+        for (int v = 0; v < NV; ++v) acc[r][v] = fma(a, b[v], acc[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < NV; ++v) {
+        float* to = out + r * NB + v * W;
+        store(to, load(static_cast<const float*>(to)) + acc[r][v]);
+      }
+  }
+}
+
+void micro_rows(int rows, const float* x, int64_t x_stride, const float* panel, int64_t kc,
+                float* out) {
+  while (rows > 0) {
+    int r;
+    if (rows >= MR) micro<MR>(x, x_stride, panel, kc, out), r = MR;
+    else if (rows >= 4) micro<4>(x, x_stride, panel, kc, out), r = 4;
+    else micro<1>(x, x_stride, panel, kc, out), r = 1;
+    rows -= r;
+    x += r * x_stride;
+    out += r * NB;
+  }
+}
+
+// Row n of w, columns [k0, k0 + count) as float32.
+void unpack_row(const QuantWeight& w, int64_t n, int64_t k0, int64_t count, float* out) {
+  const int64_t group = w.K / w.G;
+  int64_t k = k0;
+  const int64_t end = k0 + count;
+  while (k < end) {
+    const int64_t g = k / group, stop = (g + 1) * group < end ? (g + 1) * group : end;
+    float scale, offset = 0.f;
+    row_scales(w, n, g, 1, &scale, &offset);
+    for (; k < stop; ++k) out[k - k0] = scale * float(code_at(w, n, k)) + offset;
+  }
+}
+
+// panel[k, c] = w[n0 + c, k0 + k], zero past N.
+void fill_columns(const QuantWeight& w, int64_t n0, int64_t k0, int64_t kc, float* panel) {
+  int64_t columns = w.N - n0 < NB ? w.N - n0 : NB;
+  int64_t c = 0;
+#if defined(__AVX512F__)
+  const int64_t group = w.K / w.G;
+  if (w.bits == 4 && group % 8 == 0 && k0 % 8 == 0 && kc % 8 == 0) {
+    const __m512 table = table4();
+    for (; c + 16 <= columns; c += 16) {
+      const int64_t row = w.K / 2;
+      const __m512i rows = _mm512_mullo_epi32(
+          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+          _mm512_set1_epi32(int(row)));
+      const uint8_t* base = w.codes + (n0 + c) * row;
+      float scale[16], offset[16] = {};
+      for (int64_t k = 0; k < kc; k += 8) {
+        if (k == 0 || (k0 + k) % group == 0)
+          for (int i = 0; i < 16; ++i)
+            row_scales(w, n0 + c + i, (k0 + k) / group, 1, scale + i, offset + i);
+        const __m512 s = _mm512_loadu_ps(scale), o = _mm512_loadu_ps(offset);
+        const __m512i codes = _mm512_i32gather_epi32(rows, base + (k0 + k) / 2, 1);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i)
+          _mm512_storeu_ps(panel + (k + i) * NB + c, _mm512_fmadd_ps(unpack4(codes, i, table), s, o));
+      }
+    }
+  }
+#endif
+  float line[KC];
+  for (; c < columns; ++c) {
+    unpack_row(w, n0 + c, k0, kc, line);
+    for (int64_t k = 0; k < kc; ++k) panel[k * NB + c] = line[k];
+  }
+  for (; c < NB; ++c)
+    for (int64_t k = 0; k < kc; ++k) panel[k * NB + c] = 0.f;
+}
+
+template <class T>
+void write_block(const float* out, int64_t M, int64_t columns, const T* bias, T* y,
+                 int64_t y_stride) {
+  const int64_t whole = columns / W * W;
+  for (int64_t m = 0; m < M; ++m, out += NB, y += y_stride) {
+    for (int64_t c = 0; c < whole; c += W)
+      store(y + c, bias ? load(out + c) + load(bias + c) : load(out + c));
+    for (int64_t c = whole; c < columns; ++c)
+      y[c] = from_float<T>(bias ? out[c] + to_float(bias[c]) : out[c]);
+  }
+}
+
+void write_block(const float* out, int64_t M, int64_t n0, int64_t N, const void* bias, void* y,
+                 int64_t y_stride, DType dtype) {
+  const int64_t columns = N - n0 < NB ? N - n0 : NB;
+  TW_FOR_DTYPE(dtype, T, {
+    const T* b = bias ? static_cast<const T*>(bias) + n0 : nullptr;
+    write_block(out, M, columns, b, static_cast<T*>(y) + n0, y_stride);
+  })
+}
+
+}  // namespace
+
+int64_t quant_block() { return NB; }
+int64_t quant_scratch(int64_t M) { return KC * NB + M * NB; }
+
+void quant_gemm(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
+                int64_t y_stride, DType dtype, float* scratch, int64_t begin, int64_t end) {
+  float *panel = scratch, *out = scratch + KC * NB;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t n0 = block * NB;
+    for (int64_t i = 0; i < a.M * NB; ++i) out[i] = 0.f;
+    for (int64_t k0 = 0; k0 < w.K; k0 += KC) {
+      const int64_t kc = w.K - k0 < KC ? w.K - k0 : KC;
+      fill_columns(w, n0, k0, kc, panel);
+      micro_rows(int(a.M), a.x + k0, a.x_stride, panel, kc, out);
+    }
+    write_block(out, a.M, n0, w.N, bias, y, y_stride, dtype);
+  }
+}
+
+void quant_dgrad(const QuantWeight& w, const QuantActivations& a, void* dx, int64_t dx_stride,
+                 DType dtype, float* scratch, int64_t begin, int64_t end) {
+  float *panel = scratch, *out = scratch + KC * NB;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t k0 = block * NB, columns = w.K - k0 < NB ? w.K - k0 : NB;
+    for (int64_t i = 0; i < a.M * NB; ++i) out[i] = 0.f;
+    for (int64_t n0 = 0; n0 < w.N; n0 += KC) {
+      const int64_t nc = w.N - n0 < KC ? w.N - n0 : KC;
+      for (int64_t n = 0; n < nc; ++n) {
+        unpack_row(w, n0 + n, k0, columns, panel + n * NB);
+        for (int64_t c = columns; c < NB; ++c) panel[n * NB + c] = 0.f;
+      }
+      micro_rows(int(a.M), a.x + n0, a.x_stride, panel, nc, out);
+    }
+    write_block(out, a.M, k0, w.K, nullptr, dx, dx_stride, dtype);
+  }
+}
+
+#if defined(__AVX512VNNI__)
+namespace {
+
+constexpr int MI = 6;  // rows: 12 integer and 12 float accumulators
+
+// out[r, 32] += over the blocks of a panel; codes [blocks * 8, 32 columns, 4 k] u8.
+template <int R, bool OFFSET>
+TW_INLINE void micro_int8(const int8_t* x, int64_t x_stride, const float* x_scale,
+                          const int32_t* isums, int64_t s_stride, const uint8_t* codes,
+                          const float* scale, const float* offset, int64_t blocks, int shift,
+                          float* out) {
+  __m512 total[R][2];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < 2; ++v) total[r][v] = _mm512_loadu_ps(out + r * NB + v * 16);
+  for (int64_t b = 0; b < blocks; ++b) {
+    __m512i acc[R][2];
+    for (int r = 0; r < R; ++r) {
+      // starting at -2^(bits-1) * sum(x) centres the unsigned codes, exactly
+      acc[r][0] = acc[r][1] = _mm512_set1_epi32(-(isums[r * s_stride + b] * (1 << shift)));
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      const __m512i w0 = _mm512_loadu_si512(codes + (b * 8 + j) * 128);
+      const __m512i w1 = _mm512_loadu_si512(codes + (b * 8 + j) * 128 + 64);
+      for (int r = 0; r < R; ++r) {
+        int32_t four;
+        __builtin_memcpy(&four, x + r * x_stride + b * 32 + j * 4, 4);
+        const __m512i xr = _mm512_set1_epi32(four);
+        acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], w0, xr);
+        acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], w1, xr);
+      }
+    }
+    for (int v = 0; v < 2; ++v) {
+      const __m512 s = _mm512_loadu_ps(scale + b * NB + v * 16);
+      for (int r = 0; r < R; ++r) {
+        const __m512 sx = _mm512_set1_ps(x_scale[r * s_stride + b]);
+        total[r][v] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[r][v]), s), sx,
+                                      total[r][v]);
+        if constexpr (OFFSET) {
+          const float xsum = x_scale[r * s_stride + b] * float(isums[r * s_stride + b]);
+          total[r][v] = _mm512_fmadd_ps(_mm512_loadu_ps(offset + b * NB + v * 16),
+                                        _mm512_set1_ps(xsum), total[r][v]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < 2; ++v) _mm512_storeu_ps(out + r * NB + v * 16, total[r][v]);
+}
+
+// codes[k / 4, c, k % 4] = raw code of w[n0 + c, k0 + k]; scale, offset [kc / 32, NB].
+void fill_int8(const QuantWeight& w, int64_t n0, int64_t k0, int64_t kc, uint8_t* codes,
+               float* scale, float* offset) {
+  const int64_t group = w.K / w.G, columns = w.N - n0 < NB ? w.N - n0 : NB;
+  for (int64_t c = 0; c < NB; ++c) {
+    const int64_t n = n0 + (c < columns ? c : columns - 1);  // repeats are never written out
+    if (group == 32) {
+      float s[KC / 32], o[KC / 32] = {};
+      row_scales(w, n, k0 / 32, kc / 32, s, o);
+      for (int64_t b = 0; b < kc / 32; ++b) scale[b * NB + c] = s[b], offset[b * NB + c] = o[b];
+    } else {
+      for (int64_t b = 0; b < kc / 32; ++b)
+        row_scales(w, n, (k0 + b * 32) / group, 1, scale + b * NB + c, offset + b * NB + c);
+    }
+    if (w.bits == 8) {
+      const uint8_t* p = w.codes + n * w.K + k0;
+      for (int64_t k = 0; k < kc; k += 4) __builtin_memcpy(codes + k * NB + c * 4, p + k, 4);
+    } else {
+      const uint8_t* p = w.codes + (n * w.K + k0) / 2;
+      for (int64_t k = 0; k < kc; k += 4) {
+        uint16_t two;
+        __builtin_memcpy(&two, p + k / 2, 2);
+        const uint32_t four = (two & 0xfu) | (two & 0xf0u) << 4 | (two & 0xf00u) << 8 |
+                              (two & 0xf000u) << 12;
+        __builtin_memcpy(codes + k * NB + c * 4, &four, 4);
+      }
+    }
+  }
+}
+
+template <bool OFFSET>
+void gemm_int8(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
+               int64_t y_stride, DType dtype, float* scratch, int64_t begin, int64_t end) {
+  const int64_t pad = padded(w.K), s_stride = pad / 32;
+  const int shift = w.bits - 1;
+  // the float panel's room holds the codes, then the scales and offsets of its blocks
+  uint8_t* codes = reinterpret_cast<uint8_t*>(scratch);
+  float* scale = scratch + KC * NB / 4;
+  float* offset = scale + KC / 32 * NB;
+  float* out = scratch + KC * NB;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t n0 = block * NB;
+    for (int64_t i = 0; i < a.M * NB; ++i) out[i] = 0.f;
+    for (int64_t k0 = 0; k0 < w.K; k0 += KC) {
+      const int64_t kc = w.K - k0 < KC ? w.K - k0 : KC, blocks = kc / 32;
+      fill_int8(w, n0, k0, kc, codes, scale, offset);
+      for (int64_t m = 0; m < a.M;) {
+        const int8_t* x = a.codes + m * pad + k0;
+        const float* sx = a.scales + m * s_stride + k0 / 32;
+        const int32_t* sums = a.isums + m * s_stride + k0 / 32;
+        if (a.M - m >= MI) {
+          micro_int8<MI, OFFSET>(x, pad, sx, sums, s_stride, codes, scale, offset, blocks, shift,
+                                 out + m * NB);
+          m += MI;
+        } else {
+          micro_int8<1, OFFSET>(x, pad, sx, sums, s_stride, codes, scale, offset, blocks, shift,
+                                out + m * NB);
+          m += 1;
+        }
+      }
+    }
+    write_block(out, a.M, n0, w.N, bias, y, y_stride, dtype);
+  }
+}
+
+}  // namespace
+#endif
+
+void quant_gemm_int8(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
+                     int64_t y_stride, DType dtype, float* scratch, int64_t begin, int64_t end) {
+#if defined(__AVX512VNNI__)
+  const auto run = w.minima || w.zeros ? gemm_int8<true> : gemm_int8<false>;
+  run(w, a, bias, y, y_stride, dtype, scratch, begin, end);
+#endif
+}
+
+}  // namespace tilewright::cpu::TW_ISA
