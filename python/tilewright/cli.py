@@ -86,7 +86,10 @@ def _device(name: str | None) -> torch.device | None:
 def _load_bar() -> Iterator[Callable[[int, int], None]]:
     """A load bar on stderr; nothing where that is not a terminal."""
     columns = (TextColumn("loading layers"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("loading", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
