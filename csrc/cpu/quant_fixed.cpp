@@ -32,23 +32,21 @@ TW_INLINE void load32(const T* x, __m512& low, __m512& high) {
   }
 }
 
-// Sums of PER_LANE consecutive k, as 32 / PER_LANE lanes.
+// -2^(bits-1) times the sums of PER_LANE consecutive k, 32 / PER_LANE of them.
+TW_INLINE __m512i add_fours(__m512i v) {  // lane 4 i: the sum of lanes 4 i .. 4 i + 3
+  v = _mm512_add_epi32(v, _mm512_shuffle_epi32(v, _MM_PERM_CDAB));
+  return _mm512_add_epi32(v, _mm512_shuffle_epi32(v, _MM_PERM_BADC));
+}
 template <int BITS> TW_INLINE void lane_sums(__m512i low, __m512i high, int32_t* out) {
-  alignas(64) int32_t lanes[32];
-  _mm512_store_si512(lanes, low);
-  _mm512_store_si512(lanes + 16, high);
-  if constexpr (BITS == 4) {  // lane l: even and odd k of 8 l .. 8 l + 7
-    for (int l = 0; l < 4; ++l) {
-      int32_t sum = 0;
-      for (int j = 0; j < 4; ++j) sum += lanes[4 * l + j] + lanes[16 + 4 * l + j];
-      out[l] = -8 * sum;
-    }
+  const __m512i zero = _mm512_setzero_si512();
+  if constexpr (BITS == 4) {  // a lane's eight k: four even ones in low, four odd ones in high
+    const __m512i sums = _mm512_slli_epi32(add_fours(_mm512_add_epi32(low, high)), 3);
+    _mm512_mask_compressstoreu_epi32(out, 0x1111, _mm512_sub_epi32(zero, sums));
   } else {
-    for (int l = 0; l < 8; ++l) {
-      int32_t sum = 0;
-      for (int j = 0; j < 4; ++j) sum += lanes[4 * l + j];
-      out[l] = -128 * sum;
-    }
+    const __m512i first = _mm512_slli_epi32(add_fours(low), 7);
+    const __m512i second = _mm512_slli_epi32(add_fours(high), 7);
+    _mm512_mask_compressstoreu_epi32(out, 0x1111, _mm512_sub_epi32(zero, first));
+    _mm512_mask_compressstoreu_epi32(out + 4, 0x1111, _mm512_sub_epi32(zero, second));
   }
 }
 

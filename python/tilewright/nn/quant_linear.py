@@ -23,6 +23,7 @@ class QuantLinear(torch.nn.Module):
     zeros: Tensor | None
     minima: Tensor | None
     g_idx: Tensor | None
+    bias: torch.nn.Parameter | None
 
     def __init__(
         self, weight: QuantTensor, bias: Tensor | None = None, *, activations: str = "float"
@@ -32,15 +33,16 @@ class QuantLinear(torch.nn.Module):
         self.activations = activations
         for name in ("qweight", "scales", "zeros", "minima", "g_idx"):
             self.register_buffer(name, getattr(weight, name))
-        self.bias = None if bias is None else torch.nn.Parameter(bias)
+        self.register_parameter("bias", None if bias is None else torch.nn.Parameter(bias))
         self._weight: QuantTensor | None = weight
 
     @property
     def weight(self) -> QuantTensor:
         """A view of the buffers as they are now."""
-        w = self._weight
-        # rebuilt when a buffer was replaced (load_state_dict(assign=True), .to, deepcopy)
-        if w is None or w.qweight is not self.qweight or w.scales is not self.scales:
+        # straight from the dictionary: Module.__getattr__ costs a decode step more than the check
+        now, w = self._buffers, self._weight
+        # rebuilt when a buffer was replaced (load_state_dict(assign=True), .to, functional_call)
+        if w is None or w.qweight is not now["qweight"] or w.scales is not now["scales"]:
             w = self._weight = QuantTensor(
                 self.qweight, self.scales, self.zeros, self.minima, self.g_idx, self.bits
             )
@@ -67,7 +69,9 @@ class QuantLinear(torch.nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.quant_linear(x, self.weight, self.bias, activations=self.activations)
+        return ops.quant_linear(
+            x, self.weight, self._parameters["bias"], activations=self.activations
+        )
 
     def extra_repr(self) -> str:
         w = self.weight

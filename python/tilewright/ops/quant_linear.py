@@ -11,6 +11,7 @@ from torch import Tensor
 from tilewright import _op
 from tilewright.quant_tensor import QuantTensor
 
+_ACTIVATIONS = ("float", "int8")
 _ARGS = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? minima"
 
 
@@ -68,34 +69,32 @@ def quant_linear(
     x and bias are cast as torch.nn.functional.linear's are.  Raises ValueError where a shape,
     dtype, device or option does not fit.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device
+    if torch.is_autocast_enabled(device.type) and x.is_floating_point():
+        dtype = torch.get_autocast_dtype(device.type)
         if x.dtype != torch.float64:
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
     N, K = w.shape
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(
-            f"quant_linear: x {list(x.shape)} does not fit a weight of shape {list(w.shape)}"
-        )
-    if not x.is_floating_point():
-        raise ValueError(f"quant_linear: x must be a floating dtype, not {x.dtype}")
-    if x.device != w.qweight.device:
-        raise ValueError(f"quant_linear: x is on {x.device}, the weight on {w.qweight.device}")
-    if bias is not None and (
-        bias.shape != (N,) or bias.dtype != x.dtype or bias.device != x.device
-    ):
+    shape = x.shape
+    if not shape or shape[-1] != K:
+        raise ValueError(f"quant_linear: x {list(shape)} does not fit a weight of shape {[N, K]}")
+    if device != w.qweight.device:
+        raise ValueError(f"quant_linear: x is on {device}, the weight on {w.qweight.device}")
+    if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype or bias.device != device):
         raise ValueError(
             f"quant_linear: bias {bias.dtype} {list(bias.shape)} on {bias.device} does not fit "
-            f"x {x.dtype} on {x.device} and a weight of shape {list(w.shape)}"
+            f"x {x.dtype} on {device} and a weight of shape {[N, K]}"
         )
-    if activations != "float" and activations != "int8":
+    if activations not in _ACTIVATIONS:
         raise ValueError(
             f"quant_linear: activations must be 'float' or 'int8', not {activations!r}"
         )
     if w.g_idx is not None or not _op.serves("quant_linear", x):
+        if not x.is_floating_point():
+            raise ValueError(f"quant_linear: x must be a floating dtype, not {x.dtype}")
         return _op.twin("quant_linear")(x, w, bias, activations=activations)
-    flat = x.dim() == 2
+    flat = len(shape) == 2
     x_MK = x if flat else x.reshape(-1, K)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y = _QuantLinear.apply(
@@ -103,4 +102,4 @@ def quant_linear(
         )
     else:
         y = _linear[w.bits](x_MK, w.qweight, w.scales, w.zeros, w.minima, bias, activations)
-    return y if flat else y.view(*x.shape[:-1], N)
+    return y if flat else y.view(*shape[:-1], N)
