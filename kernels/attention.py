@@ -294,10 +294,10 @@ def _attention_dkv_kernel(
 
 # BLOCK_M, BLOCK_N, num_warps, num_stages by padded head dim (dk, dv swap the first two): what fits
 # 99 KiB of shared memory, which every GPU from sm_80 on has.  BLOCK_M 128 spills with 4 warps.
-_FWD = {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)}
-_FWD_FLOAT32 = {64: (64, 32, 4, 2), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)}
-_BWD = {64: (64, 64, 4, 1), 128: (64, 32, 8, 1), 256: (64, 32, 8, 1)}
-_BWD_FLOAT32 = {64: (32, 32, 4, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)}
+_FWD = {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)}
+_FWD_FLOAT32 = {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)}
+_BWD = {64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)}
+_BWD_FLOAT32 = {64: (32, 16, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)}
 
 
 def _config(table: dict, D: int) -> tuple[dict, dict]:
@@ -379,8 +379,9 @@ def attention_bwd(
     if lse.numel():
         row_grid = (triton.cdiv(S, blocks["BLOCK_M"]), B * H)
         _attention_delta_kernel[row_grid](
-            out, dout, delta, H, S, HEAD_DIM=D, BLOCK_M=blocks["BLOCK_M"], BLOCK_D=blocks["BLOCK_D"]
-        )
+            out, dout, delta, H, S,
+            HEAD_DIM=D, BLOCK_M=blocks["BLOCK_M"], BLOCK_D=blocks["BLOCK_D"], num_warps=8,
+        )  # fmt: skip
         _attention_dq_kernel[row_grid](
             q,
             k,
@@ -462,7 +463,7 @@ def variants() -> list[tuple]:
                         "S": "i32",
                     },
                     {"HEAD_DIM": D, "BLOCK_M": bwd[0]["BLOCK_M"], "BLOCK_D": bwd[0]["BLOCK_D"]},
-                    {},
+                    {"num_warps": 8},
                 ),
                 (
                     _attention_dq_kernel,

@@ -15,9 +15,9 @@ from torch import Tensor
 from ._tune import row_warps
 
 WHOLE_FWD = 16384  # 32 float32 a thread with 16 warps
-WHOLE_BWD = 8192  # backward holds x, dy, w and the dw sum at once
+WHOLE_BWD = 4096  # backward holds x, dy, w and the dw sum at once: 8192 spills on sm_90
 TILE = 2048  # elements a program takes at once where rows are narrow: it takes several
-LOOP_BLOCK = 8192  # columns a program takes at once where rows are wide
+LOOP_BLOCK = 4096  # columns a program takes at once where rows are wide: 8192 spills
 # Partial sums of dw.  Fixed, not the number of SMs, so that dw is the same bit for bit everywhere.
 DW_PROGRAMS = 256
 
