@@ -279,15 +279,17 @@ def test_state_dict_round_trip():
     assert set(a.state_dict()) <= names
 
 
-@pytest.mark.skipif(_native.C is None, reason="needs the extension")
 def test_every_instruction_set_agrees(dtype):
-    assert _native.C is not None
+    """Each level this machine has; whatever serves the CPU where there is no extension."""
+    C = _native.C
     current = _native.cpu_isa()
     try:
-        for isa in _native.C.isas():
-            _native.C.set_isa(isa)
+        for isa in [None] if C is None else C.isas():
+            if C is not None:
+                C.set_isa(isa)
             for M in (1, 5, 13):
                 check(make(35, 160), torch.randn(M, 160), dtype)
                 check(make(35, 160, bits=8), torch.randn(M, 160), dtype, activations="int8")
     finally:
-        _native.C.set_isa(current)
+        if C is not None:
+            C.set_isa(current)
