@@ -138,7 +138,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one case an op, two rounds")
     parser.add_argument("--directory", type=Path, default=Path("benchmarks"))
     options = parser.parse_args()
-    console = Console()
+    # a table folds into ribbons below this; a narrower terminal wraps its lines instead
+    console = Console(width=max(132, Console().width))
     start = time.perf_counter()
     answer(console, options.quick)
     failures = op_table(console, options.directory, options.quick)

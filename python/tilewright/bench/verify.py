@@ -28,7 +28,10 @@ libraries consisted of archives of the earliest form of writing, the clay tablet
 script discovered in Sumer, some dating back to 2600 BC. Private or personal libraries made up of
 written books appeared in classical Greece in the 5th century BC. In the 6th century, at the very
 close of the classical period, the great libraries of the Mediterranean world remained those of
-Constantinople and Alexandria. The fall of the Western Roman Empire led monks to copy what was left.
+Constantinople and Alexandria. The fall of the Western Roman Empire led monks to copy what was left. Many people
+still walk to one on a Saturday morning, return what they have read, and leave with a book they had
+never heard of an hour before. The shelves are arranged by subject, so that a search for one volume
+becomes a meeting with its neighbours; no catalogue has yet found a better way to surprise a reader.
 """
 
 
