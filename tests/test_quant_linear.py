@@ -114,6 +114,19 @@ def test_extreme_codes_and_activations(bits, M, code, device):
         )
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_every_mantissa_of_the_largest_activation(bits, sign, device):
+    """Fixed-point activations carry between their bytes just below a power of two."""
+    w = make(40, 192, bits=bits, kind="zeros", device=device)
+    fine = 2.0 - torch.arange(1, 600) * 2.0**-16  # 1.9908 and up
+    mantissas = torch.cat((fine, torch.rand(41) + 1)).view(-1, 8).to(device)
+    for eight in mantissas:
+        x = torch.randn(8, 192, device=device).clamp(-1, 1)
+        x[:, 5] = sign * eight
+        check(w, x, torch.float32)
+
+
 @pytest.mark.parametrize("view", ["3d", "transposed", "rows", "expanded", "misaligned"])
 def test_strided_inputs(view, device):
     w = make(24, 64, device=device)

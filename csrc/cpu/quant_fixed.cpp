@@ -71,8 +71,9 @@ bool prepare_fixed(const QuantWeight& w, const T* x, uint8_t* fixed, float* sums
       // nan fails both comparisons; below, the scale would leave the normal range
       if (!(largest == 0.f || (largest > 0x1p-90f && largest < 0x1p127f))) return false;
       const int exponent = int(bits_of(largest) >> 23) - 127;
-      // the largest, rounded, must leave a first slice of 127 at most: 127.5 * 2^16 at most in all
-      const int shift = largest * pow2_at(-exponent) < 1.9921875f ? 22 - exponent : 21 - exponent;
+      // the first slice is at most 127, and the carries of the two below it round up to it:
+      // 127 * 2^16 + 127 * 2^8 + 127 = 1.99215 * 2^22 is the largest number there is
+      const int shift = largest * pow2_at(-exponent) < 1.992f ? 22 - exponent : 21 - exponent;
       scale = largest > 0 ? pow2_at(-shift) : 0.f;
       inverse = largest > 0 ? pow2_at(shift > 127 ? 127 : shift) : 0.f;
     }
