@@ -48,8 +48,22 @@ Held hold(const char* op, int bits, const Tensor& qweight, const Tensor& scales,
   return w;
 }
 
-// x [M, K] as float32 rows, converted where it is not.
+// x as contiguous float32 rows, converted where it is not.
 Tensor as_float(const Tensor& x) { return x.to(at::kFloat).contiguous(); }
+
+// A tensor like x [..., K] with `columns` for its last dimension.
+Tensor with_columns(const Tensor& x, int64_t columns) {
+  at::DimVector sizes(x.sizes());
+  sizes.back() = columns;
+  return at::empty(sizes, x.options());
+}
+
+// How many rows x [..., K] has, also where K is 0.
+int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  return rows;
+}
 
 constexpr int64_t SERIAL = 1 << 14;  // weights below which a fork costs more than it saves
 
@@ -69,7 +83,7 @@ Tensor linear(const char* op, int bits, const Tensor& x_in, const Tensor& qweigh
               const OptTensor& bias_in, c10::string_view activations) {
   const Held held = hold(op, bits, qweight, scales, zeros, minima);
   const cpu::QuantWeight& w = held.view;
-  TORCH_CHECK_VALUE(x_in.dim() == 2 && x_in.size(1) == w.K, op, ": x ", x_in.sizes(),
+  TORCH_CHECK_VALUE(x_in.dim() >= 1 && x_in.size(-1) == w.K, op, ": x ", x_in.sizes(),
                     " does not fit a weight of ", w.K, " columns");
   const bool integer = activations == "int8";
   TORCH_CHECK_VALUE(integer || activations == "float", op,
@@ -84,10 +98,10 @@ Tensor linear(const char* op, int bits, const Tensor& x_in, const Tensor& qweigh
     bias = bias_in->contiguous();
   }
   const void* bias_ptr = bias_in ? bias.const_data_ptr() : nullptr;
-  const int64_t M = x_in.size(0);
-  Tensor y = at::empty({M, w.N}, x_in.options());
+  const int64_t M = rows_of(x_in);
+  Tensor y = with_columns(x_in, w.N);
   if (M == 0 || w.N == 0) return y;
-  if (w.K == 0) return bias_in ? y.copy_(bias.expand({M, w.N})) : y.zero_();
+  if (w.K == 0) return bias_in ? y.copy_(bias.expand(y.sizes())) : y.zero_();
   const Tensor x = x_in.contiguous();
   const char* x_ptr = static_cast<const char*>(x.const_data_ptr());
   const int64_t x_bytes = w.K * x.element_size(), pad = cpu::padded(w.K);
@@ -179,11 +193,11 @@ Tensor dgrad(const char* op, int bits, const Tensor& dy_in, const Tensor& qweigh
              const Tensor& scales, const OptTensor& zeros, const OptTensor& minima) {
   const Held held = hold(op, bits, qweight, scales, zeros, minima);
   const cpu::QuantWeight& w = held.view;
-  TORCH_CHECK_VALUE(dy_in.dim() == 2 && dy_in.size(1) == w.N, op, ": dy ", dy_in.sizes(),
+  TORCH_CHECK_VALUE(dy_in.dim() >= 1 && dy_in.size(-1) == w.N, op, ": dy ", dy_in.sizes(),
                     " does not fit a weight of ", w.N, " rows");
   const cpu::DType dtype = dtype_of(dy_in, op, "dy");
-  const int64_t M = dy_in.size(0);
-  Tensor dx = at::empty({M, w.K}, dy_in.options());
+  const int64_t M = rows_of(dy_in);
+  Tensor dx = with_columns(dy_in, w.K);
   if (M == 0 || w.K == 0) return dx;
   if (w.N == 0) return dx.zero_();
   const Tensor dy = as_float(dy_in);
