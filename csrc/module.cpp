@@ -1,10 +1,11 @@
-// The Python module `_C`: the build's facts and the instruction-set level.  The operators reach
-// torch through csrc/bind/, which registers them when this module is loaded.
+// The Python module `_C`: the build's facts, the instruction-set level, and the ops' direct entries.
+// The operators reach torch through csrc/bind/, which registers them when this module is loaded.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
 
+#include "bind/entries.h"
 #include "cpu/isa.h"
 
 namespace cpu = tilewright::cpu;
@@ -30,4 +31,5 @@ PYBIND11_MODULE(_C, m) {
                                       std::string(pybind11::str(levels())));
       },
       "Run the CPU kernels at this level from now on; ValueError where the CPU lacks it.");
+  for (const tilewright::BindEntry bind : tilewright::entries()) bind(m);
 }

@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "../cpu/glu.h"
-#include "common.h"
+#include "direct.h"
 
 namespace tilewright {
 
@@ -142,6 +142,41 @@ inline at::Tensor glu_packed_backward(const char* op, const at::Tensor& dy,
     glu_backward_into(op, dy, g, g, a, fn);
   }
   return dgate_up;
+}
+
+// Autograd of a gated linear unit.  Op has static fwd(gate, up), bwd(dy, gate, up) and
+// packed_bwd(dy, gate_up), which call the operators.
+template <class Op>
+struct GluFunction : torch::autograd::Function<GluFunction<Op>> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate,
+                            const std::optional<at::Tensor>& up) {
+    ctx->save_for_backward({gate, up.value_or(at::Tensor())});
+    at::AutoDispatchBelowADInplaceOrView below;
+    return Op::fwd(gate, up);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
+    return once_differentiable(dy, [&]() -> variable_list {
+      const variable_list saved = ctx->get_saved_variables();
+      if (!saved[1].defined()) return {Op::packed_bwd(dy[0], saved[0]), at::Tensor()};
+      auto [dgate, dup] = Op::bwd(dy[0], saved[0], saved[1]);
+      return {dgate, dup};
+    });
+  }
+};
+
+template <class Op>
+std::optional<at::Tensor> glu_direct(pybind11::handle gate_object, pybind11::handle up_object) {
+  const at::Tensor *gate = plain_floats(gate_object), *up_ = plain_floats(up_object);
+  if (gate == nullptr || gate->dim() == 0) return std::nullopt;
+  const bool fits = up_ == nullptr ? up_object.is_none() && gate->size(-1) % 2 == 0
+                                   : gate->sizes() == up_->sizes() &&
+                                         gate->scalar_type() == up_->scalar_type();
+  if (!fits || !undisturbed()) return std::nullopt;
+  const pybind11::gil_scoped_release unlocked;
+  const auto up = optional_of(up_);
+  if (records(*gate, up)) return GluFunction<Op>::apply(*gate, up);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return Op::fwd(*gate, up);
 }
 
 }  // namespace tilewright

@@ -148,6 +148,49 @@ static std::tuple<at::Tensor, at::Tensor> rms_norm_bwd(const at::Tensor& dy, con
   return rms_norm_bwd_rows("rms_norm", dy, std::nullopt, x, weight, rstd, offset, weight_grad);
 }
 
+static std::tuple<at::Tensor, at::Tensor> call_fwd(const at::Tensor& x,
+                                                   const std::optional<at::Tensor>& weight,
+                                                   double eps, double offset) {
+  static const auto op = operator_of("rms_norm_fwd", &rms_norm_fwd);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, weight, eps, offset);
+}
+
+struct RMSNorm : torch::autograd::Function<RMSNorm> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x,
+                            const std::optional<at::Tensor>& weight, double eps, double offset) {
+    auto [y, rstd] = call_fwd(x, weight, eps, offset);
+    ctx->save_for_backward({x, weight.value_or(at::Tensor()), rstd});
+    ctx->saved_data["offset"] = offset;
+    return y;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
+    static const auto op = operator_of("rms_norm_bwd", &rms_norm_bwd);
+    return once_differentiable(dy, [&]() -> variable_list {
+      const variable_list saved = ctx->get_saved_variables();
+      const auto weight = defined_or_none(saved[1]);
+      const bool weight_grad = weight && ctx->needs_input_grad(1);
+      auto [dx, dw] = op.call(dy[0], saved[0], weight, saved[2],
+                              ctx->saved_data["offset"].toDouble(), weight_grad);
+      return {dx, weight_grad ? dw : at::Tensor(), at::Tensor(), at::Tensor()};
+    });
+  }
+};
+
+static std::optional<at::Tensor> direct(pybind11::handle x_object, pybind11::handle weight_object,
+                                        std::optional<double> eps_or_none, double offset) {
+  const at::Tensor *x = plain_floats(x_object), *w = plain_floats(weight_object);
+  if (x == nullptr || !row_weight_fits(*x, w, weight_object) || !undisturbed())
+    return std::nullopt;
+  const pybind11::gil_scoped_release unlocked;
+  const auto weight = optional_of(w);
+  const double eps = eps_or_none.value_or(F32_EPS);
+  if (records(*x, weight)) return RMSNorm::apply(*x, weight, eps, offset);
+  return std::get<0>(call_fwd(*x, weight, eps, offset));
+}
+
+static const Entry entry([](pybind11::module_& m) { m.def("rms_norm", &direct); });
+
 }  // namespace tilewright
 
 TORCH_LIBRARY_IMPL(tilewright, CPU, m) {

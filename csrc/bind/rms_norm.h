@@ -1,11 +1,12 @@
 // What the bindings of rms_norm and add_rms_norm share.
 #pragma once
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 
 #include "../cpu/rms_norm.h"
-#include "common.h"
+#include "direct.h"
 
 namespace tilewright {
 
@@ -33,6 +34,16 @@ class Scale {
 };
 
 void check_row_weight(const char* op, const at::Tensor& x, const std::optional<at::Tensor>& weight);
+
+// What eps=None is, as torch's for a float32 computation.
+constexpr double F32_EPS = std::numeric_limits<float>::epsilon();
+
+// Whether a direct entry takes x with the weight in `object`, which is `weight` if it is plain.
+inline bool row_weight_fits(const at::Tensor& x, const at::Tensor* weight, pybind11::handle object) {
+  if (x.dim() == 0) return false;
+  if (weight == nullptr) return object.is_none();
+  return weight->dim() == 1 && weight->size(0) == x.size(-1);
+}
 
 std::tuple<at::Tensor, at::Tensor> rms_norm_bwd_rows(
     const char* op, const at::Tensor& dy, const std::optional<at::Tensor>& dresidual,

@@ -4,7 +4,7 @@
 
 #include <optional>
 
-#include "common.h"
+#include "direct.h"
 
 namespace tilewright {
 namespace {
@@ -87,6 +87,62 @@ at::Tensor rope_bwd(const at::Tensor& dy, const at::Tensor& cos, const at::Tenso
                     const std::optional<at::Tensor>& position_ids, bool interleaved) {
   return rotate(dy, cos, sin, position_ids, interleaved, true);
 }
+
+at::Tensor call_fwd(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                    const std::optional<at::Tensor>& position_ids, bool interleaved) {
+  static const auto op = operator_of("rope_fwd", &rope_fwd);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, cos, sin, position_ids, interleaved);
+}
+
+struct RopeFunction : torch::autograd::Function<RopeFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& cos,
+                            const at::Tensor& sin, const std::optional<at::Tensor>& position_ids,
+                            bool interleaved) {
+    ctx->save_for_backward({cos, sin, position_ids.value_or(at::Tensor())});
+    ctx->saved_data["interleaved"] = interleaved;
+    return call_fwd(x, cos, sin, position_ids, interleaved);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& dy) {
+    static const auto op = operator_of("rope_bwd", &rope_bwd);
+    return once_differentiable(dy, [&]() -> variable_list {
+      const variable_list saved = ctx->get_saved_variables();
+      const at::Tensor none;
+      return {op.call(dy[0], saved[0], saved[1], defined_or_none(saved[2]),
+                      ctx->saved_data["interleaved"].toBool()),
+              none, none, none, none};
+    });
+  }
+};
+
+// What ops/rope.py's _check asks.
+bool fits(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+          const at::Tensor* positions) {
+  if (x.dim() != 4 || cos.dim() != 2 || cos.sizes() != sin.sizes()) return false;
+  const int64_t B = x.size(0), S = x.size(2), D = x.size(3), rows = cos.size(0), C = cos.size(1);
+  if (C > D || (2 * C > D && C % 2 != 0)) return false;
+  if (cos.scalar_type() != sin.scalar_type()) return false;
+  if (cos.scalar_type() != at::kFloat && cos.scalar_type() != x.scalar_type()) return false;
+  if (positions == nullptr) return rows >= S;
+  const bool shared = positions->dim() == 1 && positions->size(0) == S;
+  const bool own = positions->dim() == 2 && positions->size(0) == B && positions->size(1) == S;
+  return (shared || own) && positions->scalar_type() == at::kLong && rows > 0;
+}
+
+std::optional<at::Tensor> direct(pybind11::handle x_object, pybind11::handle cos_object,
+                                 pybind11::handle sin_object, pybind11::handle positions_object,
+                                 bool interleaved) {
+  const at::Tensor *x = plain_floats(x_object), *cos = plain_floats(cos_object),
+                   *sin = plain_floats(sin_object), *positions = plain_tensor(positions_object);
+  if (x == nullptr || cos == nullptr || sin == nullptr) return std::nullopt;
+  if (positions == nullptr && !positions_object.is_none()) return std::nullopt;
+  if (!fits(*x, *cos, *sin, positions) || !undisturbed()) return std::nullopt;
+  const pybind11::gil_scoped_release unlocked;
+  if (records(*x)) return RopeFunction::apply(*x, *cos, *sin, optional_of(positions), interleaved);
+  return call_fwd(*x, *cos, *sin, optional_of(positions), interleaved);
+}
+
+const Entry entry([](pybind11::module_& m) { m.def("rope", &direct); });
 
 }  // namespace
 

@@ -131,6 +131,16 @@ def _log_once(op: str, x: Tensor, served: bool) -> None:
         _log.info("%s on %s, %s: reference (no kernel serves this)", *key)
 
 
+def direct(op: str) -> Callable | None:
+    """`_C`'s own entry of a public op, or None where there is none.
+
+    It does all the public function does for plain CPU tensors, its gradients too, by the operators
+    registered here but without Python.  It returns None for what it does not take: bad input,
+    another device or dtype, subclasses, modes, transforms.  torch.compile cannot see into it.
+    """
+    return None if LOG_DISPATCH else getattr(_native.C, op, None)
+
+
 def twin(op: str) -> Callable:
     """The reference of the same name and signature, for inputs no kernel serves.
 

@@ -27,6 +27,8 @@ _bwd = _op.register(
     ),
 )
 
+_direct = _op.direct("add_rms_norm")
+
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
@@ -59,6 +61,10 @@ def add_rms_norm(
     as in torch.  Raises ValueError where x is not floating point or has no dimension, residual does
     not fit it in shape or device, or weight in shape, device or kind of dtype.
     """
+    if _direct is not None and x.is_cpu and not torch.compiler.is_compiling():
+        found = _direct(x, residual, weight, eps, offset)
+        if found is not None:
+            return found
     if not x.is_floating_point() or x.dim() == 0:
         raise ValueError(
             f"add_rms_norm: x must be floating point with at least one dimension, "

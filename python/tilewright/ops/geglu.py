@@ -23,6 +23,8 @@ _packed_bwd = _op.register(
     _glu.fake_packed_bwd,
 )
 
+_direct = _op.direct("geglu")
+
 
 class _GeGLU(torch.autograd.Function):
     @staticmethod
@@ -48,9 +50,13 @@ def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") 
     the exact gelu, as in torch.nn.functional.gelu.  ValueError where shapes, dtypes or devices do
     not fit.  Shazeer 2020, arXiv:2002.05202, eq. 6; Hendrycks & Gimpel 2016, arXiv:1606.08415.
     """
-    _glu.check("geglu", gate, up)
     if approximate not in ("tanh", "none"):
         raise ValueError(f"geglu: approximate must be 'tanh' or 'none', not {approximate!r}")
+    if _direct is not None and gate.is_cpu and not torch.compiler.is_compiling():
+        y = _direct(gate, up, approximate == "tanh")
+        if y is not None:
+            return y
+    _glu.check("geglu", gate, up)
     if not _op.serves("geglu", gate):
         return _op.twin("geglu")(gate, up, approximate=approximate)
     if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):

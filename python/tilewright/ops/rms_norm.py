@@ -25,6 +25,8 @@ _bwd = _op.register(
     ),
 )
 
+_direct = _op.direct("rms_norm")
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
@@ -54,6 +56,10 @@ def rms_norm(
     Autocast changes nothing, as in torch.  Raises ValueError where x is not floating point or has no
     dimension, or weight does not fit it in shape, device or kind of dtype.
     """
+    if _direct is not None and x.is_cpu and not torch.compiler.is_compiling():
+        y = _direct(x, weight, eps, offset)
+        if y is not None:
+            return y
     if not x.is_floating_point() or x.dim() == 0:
         raise ValueError(
             f"rms_norm: x must be floating point with at least one dimension, "

@@ -21,6 +21,8 @@ _ARGS = "Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved"
 _fwd = _op.register("rope", f"rope_fwd(Tensor x, {_ARGS}) -> Tensor", _fake)
 _bwd = _op.register("rope", f"rope_bwd(Tensor dy, {_ARGS}) -> Tensor", _fake)
 
+_direct = _op.direct("rope")
+
 
 class _Rope(torch.autograd.Function):
     @staticmethod
@@ -107,6 +109,10 @@ def rope(
     sin get no gradient.  ValueError where shapes, dtypes or devices do not fit.
     Su et al. 2021, arXiv:2104.09864, eq. 34.
     """
+    if _direct is not None and x.is_cpu and not torch.compiler.is_compiling():
+        y = _direct(x, cos, sin, position_ids, interleaved)
+        if y is not None:
+            return y
     _check(x, cos, sin, position_ids)
     if not _op.serves("rope", x):
         return _op.twin("rope")(x, cos, sin, interleaved=interleaved, position_ids=position_ids)

@@ -17,6 +17,8 @@ _packed_bwd = _op.register(
     "swiglu", "swiglu_packed_bwd(Tensor dy, Tensor gate_up) -> Tensor", _glu.fake_packed_bwd
 )
 
+_direct = _op.direct("swiglu")
+
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
@@ -40,6 +42,10 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     dtype (any float; float32, bfloat16 and float16 have kernels).  ValueError where shapes, dtypes
     or devices do not fit.  Shazeer 2020, arXiv:2002.05202, eq. 6.
     """
+    if _direct is not None and gate.is_cpu and not torch.compiler.is_compiling():
+        y = _direct(gate, up)
+        if y is not None:
+            return y
     _glu.check("swiglu", gate, up)
     if not _op.serves("swiglu", gate):
         return _op.twin("swiglu")(gate, up)
