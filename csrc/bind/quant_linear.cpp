@@ -1,7 +1,9 @@
 // tilewright::linear_int4, linear_int8 and their input gradients on the CPU.
 #include "../cpu/quant_linear.h"
 
-#include "common.h"
+#include <ATen/autocast_mode.h>
+
+#include "direct.h"
 
 namespace tilewright {
 namespace {
@@ -231,6 +233,74 @@ Tensor linear_int8_dgrad(const Tensor& dy, const Tensor& q, const Tensor& s, con
                          const OptTensor& m) {
   return dgrad("linear_int8_dgrad", 8, dy, q, s, z, m);
 }
+
+using Linear = decltype(linear_int4);
+using Dgrad = decltype(linear_int4_dgrad);
+
+const c10::TypedOperatorHandle<Linear>& linear_operator(int64_t bits) {
+  static const auto four = operator_of("linear_int4", &linear_int4);
+  static const auto eight = operator_of("linear_int8", &linear_int8);
+  return bits == 4 ? four : eight;
+}
+const c10::TypedOperatorHandle<Dgrad>& dgrad_operator(int64_t bits) {
+  static const auto four = operator_of("linear_int4_dgrad", &linear_int4_dgrad);
+  static const auto eight = operator_of("linear_int8_dgrad", &linear_int8_dgrad);
+  return bits == 4 ? four : eight;
+}
+
+struct QuantLinear : torch::autograd::Function<QuantLinear> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptTensor& bias,
+                        const Tensor& qweight, const Tensor& scales, const OptTensor& zeros,
+                        const OptTensor& minima, int64_t bits, c10::string_view activations) {
+    ctx->save_for_backward(
+        {qweight, scales, zeros.value_or(Tensor()), minima.value_or(Tensor())});
+    ctx->saved_data["bits"] = bits;
+    at::AutoDispatchBelowADInplaceOrView below;
+    return linear_operator(bits).call(x, qweight, scales, zeros, minima, bias, activations);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
+    return once_differentiable(dys, [&]() -> variable_list {
+      const variable_list saved = ctx->get_saved_variables();
+      const Tensor& dy = dys[0];
+      variable_list grads(8);
+      if (ctx->needs_input_grad(0))
+        grads[0] = dgrad_operator(ctx->saved_data["bits"].toInt())
+                       .call(dy, saved[0], saved[1], defined_or_none(saved[2]),
+                             defined_or_none(saved[3]));
+      if (ctx->needs_input_grad(1)) grads[1] = dy.reshape({-1, dy.size(-1)}).sum(0);
+      return grads;
+    });
+  }
+};
+
+// A weight as QuantTensor checks it; what is the caller's to get wrong is checked here.
+std::optional<Tensor> direct(pybind11::handle x_object, pybind11::handle bias_object,
+                             pybind11::handle qweight_object, pybind11::handle scales_object,
+                             pybind11::handle zeros_object, pybind11::handle minima_object,
+                             int64_t bits, c10::string_view activations) {
+  const Tensor *x = plain_floats(x_object), *bias = plain_floats(bias_object),
+               *qweight = plain_tensor(qweight_object), *scales = plain_floats(scales_object),
+               *zeros = plain_floats(zeros_object), *minima = plain_floats(minima_object);
+  if (x == nullptr || qweight == nullptr || scales == nullptr || x->dim() == 0 ||
+      x->size(-1) != qweight->size(1) * (8 / bits))
+    return std::nullopt;
+  const bool fits =
+      (bias == nullptr ? bias_object.is_none()
+                       : bias->dim() == 1 && bias->size(0) == qweight->size(0) &&
+                             bias->scalar_type() == x->scalar_type()) &&
+      (zeros != nullptr || zeros_object.is_none()) &&
+      (minima != nullptr || minima_object.is_none()) &&
+      (activations == "float" || activations == "int8");
+  if (!fits || !undisturbed() || at::autocast::is_autocast_enabled(at::kCPU)) return std::nullopt;
+  const pybind11::gil_scoped_release unlocked;
+  const auto b = optional_of(bias), z = optional_of(zeros), m = optional_of(minima);
+  if (records(*x, b))
+    return QuantLinear::apply(*x, b, *qweight, *scales, z, m, bits, activations);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return linear_operator(bits).call(*x, *qweight, *scales, z, m, b, activations);
+}
+
+const Entry entry([](pybind11::module_& m) { m.def("quant_linear", &direct); });
 
 }  // namespace
 

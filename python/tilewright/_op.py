@@ -138,7 +138,8 @@ def direct(op: str) -> Callable | None:
     registered here but without Python.  It returns None for what it does not take: bad input,
     another device or dtype, subclasses, modes, transforms.  torch.compile cannot see into it.
     """
-    return None if LOG_DISPATCH else getattr(_native.C, op, None)
+    unused = LOG_DISPATCH or _native.fault is not None
+    return None if unused else getattr(_native.C, op, None)
 
 
 def twin(op: str) -> Callable:

@@ -39,6 +39,9 @@ _dgrad = {
 }
 
 
+_direct = _op.direct("quant_linear")
+
+
 class _QuantLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, qweight, scales, zeros, minima, bias, bits, activations):
@@ -69,6 +72,10 @@ def quant_linear(
     x and bias are cast as torch.nn.functional.linear's are.  Raises ValueError where a shape,
     dtype, device or option does not fit.
     """
+    if _direct is not None and x.is_cpu and w.g_idx is None and not torch.compiler.is_compiling():
+        y = _direct(x, bias, w.qweight, w.scales, w.zeros, w.minima, w.bits, activations)
+        if y is not None:
+            return y
     kind = _op.device_type(x)
     if torch.is_autocast_enabled(kind) and x.is_floating_point():
         dtype = torch.get_autocast_dtype(kind)
