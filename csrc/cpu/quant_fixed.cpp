@@ -181,7 +181,7 @@ void gemv_fixed(const QuantWeight& w, const QuantActivations& a, const void* bia
         const __m512 x_scale = _mm512_loadu_ps(x[c].scale);
         for (int r = 0; r < NR; ++r) {
           const uint8_t* p = w.codes + at[r] * row + c * 64;
-          _mm_prefetch(reinterpret_cast<const char*>(p + NR * row), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(p + 2 * NR * row), _MM_HINT_T0);
           const __m512i codes = _mm512_maskz_loadu_epi8(mask, p);
           __m512 sum;
           if constexpr (BITS == 4) {
