@@ -19,6 +19,7 @@ Every sum has a fixed order: results repeat bit for bit.
 """
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -253,7 +254,22 @@ def _gemv_tiles(M: int, group: int) -> tuple[dict[str, int], dict[str, int]]:
     if group % block_k:
         columns, block_n = 128, 4
     block = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": max(1, columns // block_k)}
-    return block | {"BLOCK_K": block_k}, {"num_warps": 4, "num_stages": 1}
+    block |= {"BLOCK_K": block_k, "FULL": group % block_k == 0}
+    return block, {"num_warps": 4, "num_stages": 1}
+
+
+def _gemm_tiles(M: int, dtype: torch.dtype, group: int) -> tuple[dict[str, int], dict[str, int]]:
+    block, options = _tiles(M, dtype)
+    block_k = _block_k(group, block["BLOCK_K"])
+    return block | {"BLOCK_K": block_k, "FULL": group % block_k == 0}, options
+
+
+def _dgrad_tiles(M: int, dtype: torch.dtype, group: int) -> tuple[dict[str, int], dict[str, int]]:
+    """_gemm_tiles with the output's columns along K, the walk along N."""
+    block, options = _tiles(M, dtype)
+    block_n, block_k = min(64, block["BLOCK_K"]), _block_k(group, block["BLOCK_N"])
+    block |= {"BLOCK_N": block_n, "BLOCK_K": block_k, "FULL": group % block_k == 0}
+    return block, options
 
 
 def _offset(scales: Tensor, zeros: Tensor | None, minima: Tensor | None) -> tuple[Tensor, int]:
@@ -287,14 +303,17 @@ def _round_activations(x: Tensor, group: int) -> Tensor:
     return out
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+def _dot(dtype: torch.dtype) -> dict[str, Any]:
+    precision = "tf32x3" if dtype == torch.float32 else "tf32"
+    return {"DOT_DTYPE": DOT_DTYPES[dtype], "PRECISION": precision}
 
 
 def _linear(
-    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None,
-    bias: Tensor | None, activations: str, bits: int,
+    bits: int, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None,
+    minima: Tensor | None, bias: Tensor | None, activations: str,
 ) -> Tensor:  # fmt: skip
+    """x [M, K], qweight [N, K * bits / 8], scales, zeros or minima [N, G], bias [N] -> [M, N] of
+    x's dtype.  activations is "float" or "int8"."""
     (M, K), (N, G) = x.shape, scales.shape
     y = x.new_empty(M, N)
     if M == 0 or N == 0:
@@ -310,30 +329,25 @@ def _linear(
         grid: tuple[int, ...] = (triton.cdiv(N, block["BLOCK_N"]),)
         kernel = _gemv_kernel
     else:
-        block, options = _tiles(M, x.dtype)
-        block["BLOCK_K"] = _block_k(group, block["BLOCK_K"])
+        block, options = _gemm_tiles(M, x.dtype, group)
         grid = (triton.cdiv(M, block["BLOCK_M"]), triton.cdiv(N, block["BLOCK_N"]))
         kernel = _gemm_kernel
-        constants |= {"DOT_DTYPE": DOT_DTYPES[x.dtype], "PRECISION": _precision(x.dtype)}
+        constants |= _dot(x.dtype)
     per_group = triton.cdiv(group, block["BLOCK_K"])
     kernel[grid](
         x, qweight, scales, offset, scales if bias is None else bias.contiguous(), y,
         x.stride(0), qweight.stride(0), scales.stride(0), y.stride(0),
         M, N, group, per_group, G * per_group,
-        **constants, **block, FULL=group % block["BLOCK_K"] == 0,
-        **options, enable_fp_fusion=True,
+        **constants, **block, **options, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
 
 def _dgrad(
-    dy: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
+    bits: int, dy: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None,
     minima: Tensor | None,
-    bits: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
+    """dy [M, N], the weight as _linear takes it -> dx [M, K] of dy's dtype."""
     (M, N), G = dy.shape, scales.shape[1]
     K = qweight.shape[1] * (8 // bits)
     dx = dy.new_empty(M, K)
@@ -342,68 +356,28 @@ def _dgrad(
     group = K // G
     dy, qweight, scales = _unit_inner(dy), qweight.contiguous(), scales.contiguous()
     offset, kind = _offset(scales, zeros, minima)
-    block, options = _tiles(M, dy.dtype)
-    wide = block["BLOCK_N"]  # the output's columns lie along K here, the walk along N
-    block = {
-        "BLOCK_M": block["BLOCK_M"],
-        "BLOCK_N": min(64, block["BLOCK_K"]),
-        "BLOCK_K": _block_k(group, wide),
-    }
+    block, options = _dgrad_tiles(M, dy.dtype, group)
     per_group = triton.cdiv(group, block["BLOCK_K"])
     _dgrad_kernel[(triton.cdiv(M, block["BLOCK_M"]), G * per_group)](
         dy, qweight, scales, offset, dx,
         dy.stride(0), qweight.stride(0), scales.stride(0), dx.stride(0),
         M, N, group, per_group,
-        BITS=bits, OFFSET=kind, FULL=group % block["BLOCK_K"] == 0,
-        DOT_DTYPE=DOT_DTYPES[dy.dtype], PRECISION=_precision(dy.dtype),
-        **block, **options, enable_fp_fusion=True,
+        BITS=bits, OFFSET=kind, **_dot(dy.dtype), **block, **options, enable_fp_fusion=True,
     )  # fmt: skip
     return dx
 
 
-def linear_int4(
-    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None,
-    bias: Tensor | None, activations: str,
-) -> Tensor:  # fmt: skip
-    """x [M, K], qweight [N, K/2], scales, zeros or minima [N, G], bias [N] -> [M, N] of x's dtype.
-
-    activations is "float" or "int8".
-    """
-    return _linear(x, qweight, scales, zeros, minima, bias, activations, 4)
-
-
-def linear_int4_dgrad(
-    dy: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None
-) -> Tensor:
-    """dy [M, N], qweight [N, K/2], scales, zeros or minima [N, G] -> dx [M, K] of dy's dtype."""
-    return _dgrad(dy, qweight, scales, zeros, minima, 4)
-
-
-def linear_int8(
-    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None,
-    bias: Tensor | None, activations: str,
-) -> Tensor:  # fmt: skip
-    """x [M, K], qweight [N, K], scales, zeros or minima [N, G], bias [N] -> [M, N] of x's dtype.
-
-    activations is "float" or "int8".
-    """
-    return _linear(x, qweight, scales, zeros, minima, bias, activations, 8)
-
-
-def linear_int8_dgrad(
-    dy: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None
-) -> Tensor:
-    """dy [M, N], qweight [N, K], scales, zeros or minima [N, G] -> dx [M, K] of dy's dtype."""
-    return _dgrad(dy, qweight, scales, zeros, minima, 8)
+linear_int4, linear_int8 = partial(_linear, 4), partial(_linear, 8)
+linear_int4_dgrad, linear_int8_dgrad = partial(_dgrad, 4), partial(_dgrad, 8)
 
 
 def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """(kernel, signature, constexprs, options) of what the launchers use, to compile offline."""
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    strides = {"stride_qn": "i32", "stride_sn": "i32"}
-    sizes = {"M": "i32", "N": "i32", "group": "i32", "tiles_per_group": "i32"}
-    found = []
+    weight = {"q_ptr": "*u8", "s_ptr": "*fp16", "o_ptr": "*fp16"}
+    sizes = dict.fromkeys(("stride_qn", "stride_sn", "M", "N", "group", "tiles_per_group"), "i32")
+    found: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]] = []
     for M, dtype, bits, kind, group in (
         (1, bf16, 4, ZEROS, 128),
         (8, bf16, 4, SYMMETRIC, 32),
@@ -415,66 +389,24 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
         (512, fp32, 4, SYMMETRIC, 32),
     ):
         t = f"*{names[dtype]}"
-        weight = {"q_ptr": "*u8", "s_ptr": "*fp16", "o_ptr": "*fp16"}
         fixed: dict[str, Any] = {"BITS": bits, "OFFSET": kind}
-        dot = {"DOT_DTYPE": DOT_DTYPES[dtype], "PRECISION": _precision(dtype)}
-        signature = {"x_ptr": t, **weight, "bias_ptr": t, "y_ptr": t, "stride_xm": "i32", **strides}
-        signature |= {"stride_ym": "i32", **sizes, "tiles": "i32"}
+        forward = {"x_ptr": t, **weight, "bias_ptr": t, "y_ptr": t, **sizes}
+        forward |= {"stride_xm": "i32", "stride_ym": "i32", "tiles": "i32"}
         if M <= GEMV_ROWS:
             block, options = _gemv_tiles(M, group)
-            full = group % block["BLOCK_K"] == 0
-            found.append(
-                (
-                    _gemv_kernel,
-                    signature,
-                    {**fixed, "HAS_BIAS": True, "FULL": full, **block},
-                    options,
-                )
-            )
+            found.append((_gemv_kernel, forward, {**fixed, "HAS_BIAS": True, **block}, options))
             continue
-        block, options = _tiles(M, dtype)
-        wide = {**block, "BLOCK_K": _block_k(group, block["BLOCK_K"])}
-        full = group % wide["BLOCK_K"] == 0
-        found.append(
-            (
-                _gemm_kernel,
-                signature,
-                {**fixed, "HAS_BIAS": True, "FULL": full, **dot, **wide},
-                options,
-            )
-        )
+        block, options = _gemm_tiles(M, dtype, group)
+        fixed |= _dot(dtype)
+        found.append((_gemm_kernel, forward, {**fixed, "HAS_BIAS": True, **block}, options))
         if M == 64 or (M == 512 and group == 32):
             continue
-        tall = {
-            **block,
-            "BLOCK_N": min(64, block["BLOCK_K"]),
-            "BLOCK_K": _block_k(group, block["BLOCK_N"]),
-        }
-        full = group % tall["BLOCK_K"] == 0
-        signature = {
-            "dy_ptr": t,
-            **weight,
-            "dx_ptr": t,
-            "stride_dym": "i32",
-            **strides,
-            "stride_dxm": "i32",
-            **sizes,
-        }
-        found.append((_dgrad_kernel, signature, {**fixed, "FULL": full, **dot, **tall}, options))
-    found.append(
-        (
-            _round_activations_kernel,
-            {
-                "x_ptr": "*bf16",
-                "out_ptr": "*fp32",
-                "stride_xm": "i32",
-                "rows": "i32",
-                "K": "i32",
-                "width": "i32",
-                "blocks_per_row": "i32",
-            },
-            {"BLOCK": 32, "ROWS": 32},
-            {"num_warps": 4, "enable_fp_fusion": False},
-        )
-    )
+        block, options = _dgrad_tiles(M, dtype, group)
+        backward = {"dy_ptr": t, **weight, "dx_ptr": t, **sizes}
+        backward |= {"stride_dym": "i32", "stride_dxm": "i32"}
+        found.append((_dgrad_kernel, backward, {**fixed, **block}, options))
+    rounding = {"x_ptr": "*bf16", "out_ptr": "*fp32"}
+    rounding |= dict.fromkeys(("stride_xm", "rows", "K", "width", "blocks_per_row"), "i32")
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    found.append((_round_activations_kernel, rounding, {"BLOCK": 32, "ROWS": 32}, options))
     return found

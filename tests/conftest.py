@@ -1,9 +1,26 @@
 """Shared by all tests.  Sets nothing: TRITON_INTERPRET and TILEWRIGHT_CPU_ISA come from outside."""
 
+import os
+
 import pytest
 import torch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "triton: launches Triton kernels, on a GPU or interpreted")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU, tests of Triton launchers belong to the pass under TRITON_INTERPRET=1, which
+    runs every one of them; the passes over the C++ kernels deselect them, and say how many."""
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    elsewhere = [item for item in items if item.get_closest_marker("triton")]
+    if elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if item not in set(elsewhere)]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """quant/gguf.py: codes bit-exact against the gguf package's own dequantisation; bad files refused."""
 
+import struct
 from pathlib import Path
 
 import gguf
@@ -120,6 +121,54 @@ def test_bad_files(tmp_path, matrix):
         GGUFFile(bad)
 
 
+def header(tensors: int, keys: int) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, keys)
+
+
+def entry(shape: tuple[int, ...], kind: int = 0, offset: int = 0, name: bytes = b"w") -> bytes:
+    """A tensor's entry; ggml's sizes run the other way."""
+    sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
+    return struct.pack("<Q", len(name)) + name + sizes + struct.pack("<IQ", kind, offset)
+
+
+HUGE = 2**64 - 1
+KEY = struct.pack("<Q", 1) + b"k"
+CORRUPT = {
+    "more tensors than bytes": header(HUGE, 0),
+    "more keys than bytes": header(0, HUGE),
+    "key longer than the file": header(0, 1) + struct.pack("<Q", HUGE),
+    "string longer than the file": header(0, 1) + KEY + struct.pack("<IQ", 8, HUGE) + bytes(99),
+    "numbers past the end": header(0, 1) + KEY + struct.pack("<IIQ", 9, 4, HUGE) + bytes(99),
+    "strings past the end": header(0, 1) + KEY + struct.pack("<IIQ", 9, 8, HUGE) + bytes(99),
+    "an array of arrays": header(0, 1) + KEY + struct.pack("<IIQ", 9, 9, 1) + bytes(99),
+    "a value of no type": header(0, 1) + KEY + struct.pack("<I", 99) + bytes(99),
+    "a key not in UTF-8": header(0, 1) + struct.pack("<Q", 1) + b"\xff" + bytes(99),
+    "alignment of no power of two": header(0, 1)
+    + struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<II", 4, 3) + bytes(99),
+    "two tensors of a name": header(2, 0) + 2 * entry((4,)) + bytes(99),
+    "a name longer than the file": header(1, 0) + struct.pack("<Q", HUGE) + bytes(99),
+    "more dimensions than bytes": header(1, 0) + KEY + struct.pack("<I", 2**32 - 1) + bytes(99),
+    "five dimensions": header(1, 0) + entry((1,) * 5) + bytes(99),
+    "a size of zero": header(1, 0) + entry((0, 4)) + bytes(99),
+    "zero bytes of huge sizes": header(1, 0) + entry((HUGE, 0)) + bytes(99),
+    "sizes whose product wraps to zero": header(1, 0) + entry((2**32, 2**32)) + bytes(99),
+    "sizes whose product wraps to few": header(1, 0) + entry((2**62 + 1, 4)) + bytes(99),
+    "an offset past the end": header(1, 0) + entry((4,), offset=999) + bytes(99),
+    "an offset that wraps": header(1, 0) + entry((4,), offset=HUGE - 15) + bytes(99),
+    "the last byte past the end": header(1, 0) + entry((8,), offset=25) + bytes(63),
+    "rows of half a block": header(1, 0) + entry((2, 16), kind=8) + bytes(99),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", CORRUPT.values(), ids=CORRUPT.keys())
+def test_corrupt_files_are_refused(tmp_path, data):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"bad\.gguf: not a readable GGUF file: .") as caught:
+        GGUFFile(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_noise_never_crashes(tmp_path, matrix):
     path = write(tmp_path / "a.gguf", {"w": (matrix, "Q4_1")}, t__words=["hello"], t__n=[1, 2])
     whole, generator = path.read_bytes(), np.random.default_rng(0)
@@ -130,7 +179,9 @@ def test_noise_never_crashes(tmp_path, matrix):
             noisy[at] = generator.integers(256)
         bad.write_bytes(noisy)
         try:
-            GGUFFile(bad)
+            file = GGUFFile(bad)
+            for name in file.tensors:
+                file.dense(name, torch.float32)
         except ValueError as error:
             assert "\n" not in str(error) and "bad.gguf" in str(error)
 

@@ -41,7 +41,8 @@ def check(w: QuantTensor, x: Tensor, dtype: torch.dtype, bias: Tensor | None = N
     )
 
 
-# (M, N, K, group): empty, one, decode, a GEMV tail, two tiles and panels, odd sizes, a whole row
+# (M, N, K, group): empty, one, decode, a GEMV tail, two tiles and panels, odd sizes, a whole row;
+# panels of the gradient where no vector fits a group
 SHAPES = [
     (0, 8, 64, 32),
     (1, 1, 32, 32),
@@ -53,6 +54,7 @@ SHAPES = [
     (9, 33, 96, 32),
     (27, 65, 1088, 32),
     (14, 50, 72, 24),
+    (20, 9, 72, 24),
 ]
 
 
@@ -65,6 +67,12 @@ def test_matches_reference(shape, bits, kind, dtype, device):
     x = torch.randn(M, K, device=device, requires_grad=True)
     bias = torch.randn(N, device=device, requires_grad=True)
     check(w, x, dtype, bias)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_streamed_gradient_goes_twice_round_each_loop(bits, device):
+    w = make(131, 1120, bits=bits, device=device)
+    check(w, torch.randn(7, 1120, device=device, requires_grad=True), torch.float32)
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[0]], ids=str)
@@ -125,6 +133,51 @@ def test_every_mantissa_of_the_largest_activation(bits, sign, device):
         x = torch.randn(8, 192, device=device).clamp(-1, 1)
         x[:, 5] = sign * eight
         check(w, x, torch.float32)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_non_finite_activations(value, bits, kind, activations, device):
+    """They reach the outputs that the dequantised weight would take them to, and no other row."""
+    w = make(9, 96, bits=bits, kind=kind, device=device)
+    columns = (0, 1, 17, 40, 95)
+    for first, M in ((0, 1), (1, 1), (2, 1), (3, 1), (1, 6), (0, 20)):
+        x = torch.randn(M, 96, device=device)
+        for row, k in enumerate(columns[first:]):
+            if row < M:
+                x[row, k] = value
+        check(w, x, torch.float32, activations=activations)
+
+
+@pytest.mark.parametrize("M", [1, 6, 20])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_non_finite_gradients(M, bits, device):
+    w = make(9, 96, bits=bits, kind="zeros", device=device)
+    for value in (float("nan"), float("inf")):
+        dy = torch.randn(M, 9, device=device)
+        dy[M // 2, 4] = value
+        dx = []
+        for fn in (ops.quant_linear, reference.quant_linear):
+            x = torch.randn(M, 96, device=device, requires_grad=True)
+            dx += torch.autograd.grad(fn(x, w), x, dy)
+        other = torch.arange(M, device=device) != M // 2
+        assert torch.equal(dx[0].isnan(), dx[1].isnan())
+        assert torch.equal(dx[0][dx[1].isinf()], dx[1][dx[1].isinf()])
+        assert dx[0][other].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (8, 0)], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("M", [2, 20])
+def test_empty_weights(shape, bits, M, device):
+    N, K = shape
+    q = torch.zeros(N, K * bits // 8, dtype=torch.uint8, device=device)
+    w = QuantTensor(q, torch.ones(N, 2, device=device), bits=bits)
+    x = torch.randn(M, K, device=device, requires_grad=True)
+    for activations in ("float", "int8"):
+        check(w, x, torch.float32, torch.randn(N, device=device), activations=activations)
 
 
 @pytest.mark.parametrize("view", ["3d", "transposed", "rows", "expanded", "misaligned"])
@@ -198,15 +251,17 @@ def test_repeats_bitwise_and_mutates_nothing(device):
 
 
 def test_thread_count_does_not_change_a_bit():
-    w, threads = make(257, 576), torch.get_num_threads()
-    for M in (1, 12):
-        x = torch.randn(M, 576)
+    threads = torch.get_num_threads()
+    for M, group in ((1, 32), (12, 32), (20, 24), (1, 24)):
+        w, dy = make(67, 600 // group * group, group=group), torch.randn(M, 67)
+        x = torch.randn(M, w.shape[1], requires_grad=True)
         results = []
         for n in (1, 2):
             torch.set_num_threads(n)
-            results.append(ops.quant_linear(x, w))
+            y = ops.quant_linear(x, w)
+            results.append((y, *torch.autograd.grad(y, x, dy)))
         torch.set_num_threads(threads)
-        assert torch.equal(*results)
+        assert all(map(torch.equal, *results))
 
 
 def test_float64_runs_on_the_reference(device):

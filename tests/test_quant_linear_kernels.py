@@ -12,9 +12,7 @@ from tilewright.testing import assert_within
 
 pytest.importorskip("triton")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(
-    not INTERPRET and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1"
-)
+pytestmark = pytest.mark.triton
 DEVICE = "cpu" if INTERPRET else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["symmetric", "zeros", "minima"]

@@ -1,4 +1,5 @@
 // What the three files of quant_linear share: reading scales and codes, one element or one vector.
+// Codes become weights here for the matrix products; the GEMVs keep scale and code apart.
 #pragma once
 #include "quant_linear.h"
 #include "simd.h"
@@ -33,26 +34,38 @@ template <class T> TW_INLINE void to_floats(const T* from, float* to, int64_t n)
   TW_FOR_DTYPE(dtype, T, to_floats(static_cast<const T*>(from) + start, to, n))
 }
 
-// Scales and centred offsets of row n, groups [g0, g0 + count), as float32.
-// Returns whether there is an offset at all.
-[[maybe_unused]] bool row_scales(const QuantWeight& w, int64_t n, int64_t g0, int64_t count, float* scale,
-                float* offset) {
-  to_floats(w.scales, w.scale_dtype, n * w.G + g0, scale, count);
-  const float centre = float(1 << (w.bits - 1));
-  if (w.minima) {
-    to_floats(w.minima, w.scale_dtype, n * w.G + g0, offset, count);
-    for (int64_t g = 0; g < count; ++g) offset[g] += centre * scale[g];
-  } else if (w.zeros) {
-    to_floats(w.zeros, w.scale_dtype, n * w.G + g0, offset, count);
-    for (int64_t g = 0; g < count; ++g) offset[g] = scale[g] * (centre - offset[g]);
-  }
-  return w.minima || w.zeros;
+// Scale and centred offset (0 where there is none) of group g of row n.
+[[maybe_unused]] void group_scale(const QuantWeight& w, int64_t n, int64_t g, float* scale,
+                                  float* offset) {
+  const int64_t at = n * w.G + g;
+  const float centre = float(1 << (w.bits - 1)), s = scalar_at(w.scales, w.scale_dtype, at);
+  *scale = s;
+  *offset = w.minima  ? scalar_at(w.minima, w.scale_dtype, at) + centre * s
+            : w.zeros ? s * (centre - scalar_at(w.zeros, w.scale_dtype, at))
+                      : 0.f;
 }
 
-TW_INLINE int code_at(const QuantWeight& w, int64_t n, int64_t k) {
-  if (w.bits == 8) return int(w.codes[n * w.K + k]) - 128;
-  const int byte = w.codes[n * (w.K / 2) + k / 2];
-  return ((k & 1) ? byte >> 4 : byte & 15) - 8;
+// The same of groups [g0, g0 + count); the arrays have room for a vector past their end.
+template <class S>
+TW_INLINE void row_scales(const QuantWeight& w, int64_t n, int64_t g0, int64_t count,
+                          float* __restrict__ scale, float* __restrict__ offset) {
+  const int64_t at = n * w.G + g0;
+  const S* scales = static_cast<const S*>(w.scales) + at;
+  const S* extra = w.minima  ? static_cast<const S*>(w.minima) + at
+                   : w.zeros ? static_cast<const S*>(w.zeros) + at
+                             : nullptr;
+  const Vec centre = set1(float(1 << (w.bits - 1)));
+  for (int64_t g = 0; g < count; g += W) {
+    const int left = int(count - g);
+    const Vec s = left >= W ? load(scales + g) : load_tail(scales + g, left);
+    Vec o = set1(0.f);
+    if (extra) {
+      const Vec e = left >= W ? load(extra + g) : load_tail(extra + g, left);
+      o = w.minima ? fma(s, centre, e) : s * (centre - e);
+    }
+    store(scale + g, s);
+    store(offset + g, o);
+  }
 }
 
 [[maybe_unused]] constexpr int64_t SCALES = GEMV_GROUPS + 16;  // a row's scales, and room for a vector past the end
@@ -69,6 +82,12 @@ TW_INLINE __m512 unpack4(__m512i codes, int step, __m512 table) {
 }
 TW_INLINE __m512 table4() {
   return _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+// 8 bits: lane l of step i holds k = 4 l + i of the 64 loaded as dwords.
+TW_INLINE __m512 unpack8(__m512i codes, int step) {
+  const __m512i byte =
+      _mm512_and_si512(_mm512_srli_epi32(codes, unsigned(8 * step)), _mm512_set1_epi32(255));
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(byte, _mm512_set1_epi32(128)));
 }
 // The group scale of each lane.  GROUP is 32, 64, or 128 for any larger multiple of 128;
 // PER_LANE consecutive k share a lane (8 for 4 bits, 4 for 8 bits in integers).
@@ -88,6 +107,104 @@ TW_INLINE __m512 lane_scales(const float* scale, int64_t chunk, int64_t group) {
 }
 
 #endif
+
+// Weights of one group, W consecutive k at a time.
+template <int BITS> struct GroupWeights {
+#if defined(__AVX512F__)
+  Vec scale, offset;  // 4 bits: `scale` holds the weight of each of the sixteen codes
+  TW_INLINE GroupWeights(float s, float o) : scale(set1(s)), offset(set1(o)) {
+    if constexpr (BITS == 4) scale = fma(scale, Vec{table4()}, offset);
+  }
+  TW_INLINE Vec at(const uint8_t* p) const {
+    if constexpr (BITS == 4) {
+      int64_t eight;
+      __builtin_memcpy(&eight, p, 8);
+      // to each lane its byte, shifted to its nibble; the look-up reads no higher bit
+      const __m512i byte = _mm512_shuffle_epi8(
+          _mm512_set1_epi64(eight),
+          _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7));
+      const __m512i shift = _mm512_set1_epi64(int64_t(4) << 32);
+      return {_mm512_permutexvar_ps(_mm512_srlv_epi32(byte, shift), scale.v)};
+    } else {
+      const __m512i byte =
+          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+      return fma(scale, {_mm512_cvtepi32_ps(_mm512_sub_epi32(byte, _mm512_set1_epi32(128)))}, offset);
+    }
+  }
+#elif defined(__AVX2__)
+  Vec scale, offset;
+  TW_INLINE GroupWeights(float s, float o) : scale(set1(s)), offset(set1(o)) {}
+  TW_INLINE Vec at(const uint8_t* p) const {
+    __m256i code;
+    if constexpr (BITS == 4) {
+      int32_t four;
+      __builtin_memcpy(&four, p, 4);
+      const __m256i shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+      code = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(four), shift),
+                              _mm256_set1_epi32(15));
+    } else {
+      code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    }
+    code = _mm256_sub_epi32(code, _mm256_set1_epi32(1 << (BITS - 1)));
+    return fma(scale, {_mm256_cvtepi32_ps(code)}, offset);
+  }
+#endif
+};
+
+// `count` columns of one group from column k on, of the row whose codes are `row`.
+template <int BITS>
+TW_INLINE void unpack_group(const uint8_t* row, int64_t k, int64_t count, float scale, float offset,
+                            float* out) {
+  int64_t c = 0;
+#if defined(__AVX2__)
+  const GroupWeights<BITS> weights(scale, offset);
+  const uint8_t* p = row + uint64_t(k) * BITS / 8;
+  for (; c + W <= count; c += W, p += W * BITS / 8) store(out + c, weights.at(p));
+#endif
+  for (; c < count; ++c) {
+    const uint64_t at = uint64_t(k + c);
+    const int code = BITS == 8 ? row[at] : (at & 1) ? row[at / 2] >> 4 : row[at / 2] & 15;
+    out[c] = scale * float(code - (1 << (BITS - 1))) + offset;
+  }
+}
+
+constexpr int64_t AHEAD = 16;      // rows
+constexpr int64_t UNPACKED = 512;  // columns that unpack_rows takes at most
+
+// out[r, c] = w[n + r, k0 + c] for `rows` rows and `count` columns, k0 even; out's rows lie `stride`
+// apart.
+template <int BITS, class S>
+void unpack_rows(const QuantWeight& w, int64_t n, int64_t rows, int64_t k0, int64_t count,
+                 float* out, int64_t stride) {
+  const int64_t group = w.K / w.G, g0 = k0 / group, groups = (k0 + count - 1) / group - g0 + 1;
+  const uint8_t* row = w.codes + uint64_t(n * w.K) * BITS / 8;
+  float scale[UNPACKED + W], offset[UNPACKED + W];
+  // 32 at a time, known when compiled, where tile and group allow it
+  const bool blocks = group == 32 && k0 % 32 == 0 && count % 32 == 0;
+  for (; rows > 0; --rows, ++n, out += stride, row += uint64_t(w.K) * BITS / 8) {
+    if (rows > AHEAD) {  // narrow tiles of a wide weight: too far apart for the CPU to foresee
+      __builtin_prefetch(row + AHEAD * (uint64_t(w.K) * BITS / 8) + uint64_t(k0) * BITS / 8);
+    }
+    row_scales<S>(w, n, g0, groups, scale, offset);
+    if (blocks) {
+      for (int64_t g = 0; g < groups; ++g)
+        unpack_group<BITS>(row, k0 + g * 32, 32, scale[g], offset[g], out + g * 32);
+      continue;
+    }
+    for (int64_t g = 0, c = 0; g < groups; ++g) {
+      const int64_t end = (g0 + g + 1) * group - k0, stop = end < count ? end : count;
+      unpack_group<BITS>(row, k0 + c, stop - c, scale[g], offset[g], out + c);
+      c = stop;
+    }
+  }
+}
+
+[[maybe_unused]] void unpack_rows(const QuantWeight& w, int64_t n, int64_t rows, int64_t k0,
+                                  int64_t count, float* out, int64_t stride) {
+  TW_FOR_DTYPE(w.scale_dtype, S, {
+    (w.bits == 4 ? unpack_rows<4, S> : unpack_rows<8, S>)(w, n, rows, k0, count, out, stride);
+  })
+}
 
 }  // namespace
 }  // namespace tilewright::cpu::TW_ISA

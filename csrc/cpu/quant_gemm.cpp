@@ -15,12 +15,15 @@ void quant_prepare_int8(const QuantWeight& w, const void* x, DType dtype, int8_t
     float largest = 0.f;
     for (int64_t j = 0; j < block; ++j) {
       const float size = __builtin_fabsf(at(j));
-      largest = size > largest ? size : largest;
+      largest = size > largest || size != size ? size : largest;  // a nan stays
     }
-    const float scale = largest / 127.f, inverse = scale > 0 ? 1.f / scale : 0.f;
+    // an infinity leaves no scale: the block is nan, as a nan makes it
+    const bool finite = largest < __builtin_inff();
+    const float scale = finite ? largest / 127.f : __builtin_nanf("");
+    const float inverse = scale > 0 ? 1.f / scale : 0.f;
     int32_t sum = 0;
     for (int64_t j = 0; j < block; ++j) {
-      float q = __builtin_rintf(at(j) * inverse);
+      float q = finite ? __builtin_rintf(at(j) * inverse) : 0.f;
       q = q > 127.f ? 127.f : q < -127.f ? -127.f : q;
       if (fake) {
         fake[b * block + j] = q * scale;
@@ -52,7 +55,7 @@ constexpr int MR = 6, NV = 2;  // 12 + 2 + 1 of 16
 constexpr int MR = 4, NV = 16;  // 16 columns a block, as wide as the tables elsewhere
 #endif
 constexpr int64_t NB = NV * W;     // columns a block
-constexpr int64_t KC = 512;        // panel depth: MR * KC floats of x stay in L1
+constexpr int64_t KC = UNPACKED;   // panel depth: MR * KC floats of x stay in L1
 
 // Terms summed before they join the total: a long running sum would round every term to its size.
 constexpr int64_t SEGMENT = W == 1 ? 16 : 8 * W;
@@ -94,50 +97,48 @@ void micro_rows(int rows, const float* x, int64_t x_stride, const float* panel, 
   }
 }
 
-// Row n of w, columns [k0, k0 + count) as float32.
-void unpack_row(const QuantWeight& w, int64_t n, int64_t k0, int64_t count, float* out) {
-  const int64_t group = w.K / w.G;
-  int64_t k = k0;
-  const int64_t end = k0 + count;
-  while (k < end) {
-    const int64_t g = k / group, stop = (g + 1) * group < end ? (g + 1) * group : end;
-    float scale, offset = 0.f;
-    row_scales(w, n, g, 1, &scale, &offset);
-    for (; k < stop; ++k) out[k - k0] = scale * float(code_at(w, n, k)) + offset;
+#if defined(__AVX512F__)
+// panel[k, c .. c + 16) = w[n .. n + 16, k0 + k]: lanes lie along N, a dword of codes in each.
+template <int BITS>
+void gather_columns(const QuantWeight& w, int64_t n, int64_t k0, int64_t kc, float* panel) {
+  constexpr int STEPS = 32 / BITS;
+  const int64_t group = w.K / w.G, row = w.K * BITS / 8;
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i rows = _mm512_mullo_epi32(lane, _mm512_set1_epi32(int(row)));
+  const __m512 table = table4();
+  const uint8_t* base = w.codes + n * row + k0 * BITS / 8;
+  float scale[16], offset[16];
+  int64_t stop = 0;  // of the group whose scales are held
+  for (int64_t k = 0; k < kc; k += STEPS) {
+    if (k == stop) {
+      const int64_t g = (k0 + k) / group;
+      for (int i = 0; i < 16; ++i) group_scale(w, n + i, g, scale + i, offset + i);
+      stop = (g + 1) * group - k0;
+    }
+    const __m512 s = _mm512_loadu_ps(scale), o = _mm512_loadu_ps(offset);
+    const __m512i codes = _mm512_i32gather_epi32(rows, base + k * BITS / 8, 1);
+#pragma GCC unroll 8
+    for (int i = 0; i < STEPS; ++i) {
+      const __m512 code = BITS == 4 ? unpack4(codes, i, table) : unpack8(codes, i);
+      _mm512_storeu_ps(panel + (k + i) * NB, _mm512_fmadd_ps(code, s, o));
+    }
   }
 }
+#endif
 
 // panel[k, c] = w[n0 + c, k0 + k], zero past N.
 void fill_columns(const QuantWeight& w, int64_t n0, int64_t k0, int64_t kc, float* panel) {
-  int64_t columns = w.N - n0 < NB ? w.N - n0 : NB;
+  const int64_t columns = w.N - n0 < NB ? w.N - n0 : NB;
   int64_t c = 0;
 #if defined(__AVX512F__)
-  const int64_t group = w.K / w.G;
-  if (w.bits == 4 && group % 8 == 0 && k0 % 8 == 0 && kc % 8 == 0) {
-    const __m512 table = table4();
-    for (; c + 16 <= columns; c += 16) {
-      const int64_t row = w.K / 2;
-      const __m512i rows = _mm512_mullo_epi32(
-          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-          _mm512_set1_epi32(int(row)));
-      const uint8_t* base = w.codes + (n0 + c) * row;
-      float scale[16], offset[16] = {};
-      for (int64_t k = 0; k < kc; k += 8) {
-        if (k == 0 || (k0 + k) % group == 0)
-          for (int i = 0; i < 16; ++i)
-            row_scales(w, n0 + c + i, (k0 + k) / group, 1, scale + i, offset + i);
-        const __m512 s = _mm512_loadu_ps(scale), o = _mm512_loadu_ps(offset);
-        const __m512i codes = _mm512_i32gather_epi32(rows, base + (k0 + k) / 2, 1);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i)
-          _mm512_storeu_ps(panel + (k + i) * NB + c, _mm512_fmadd_ps(unpack4(codes, i, table), s, o));
-      }
-    }
-  }
+  // whole dwords of a group; and offsets of sixteen rows in int32
+  if (w.K / w.G % 8 == 0 && w.K < (int64_t(1) << 27))
+    for (; c + 16 <= columns; c += 16)
+      (w.bits == 4 ? gather_columns<4> : gather_columns<8>)(w, n0 + c, k0, kc, panel + c);
 #endif
   float line[KC];
   for (; c < columns; ++c) {
-    unpack_row(w, n0 + c, k0, kc, line);
+    unpack_rows(w, n0 + c, 1, k0, kc, line, KC);
     for (int64_t k = 0; k < kc; ++k) panel[k * NB + c] = line[k];
   }
   for (; c < NB; ++c)
@@ -145,10 +146,10 @@ void fill_columns(const QuantWeight& w, int64_t n0, int64_t k0, int64_t kc, floa
 }
 
 template <class T>
-void write_block(const float* out, int64_t M, int64_t columns, const T* bias, T* y,
-                 int64_t y_stride) {
+void write_rows(const float* out, int64_t out_stride, int64_t M, int64_t columns, const T* bias,
+                T* y, int64_t y_stride) {
   const int64_t whole = columns / W * W;
-  for (int64_t m = 0; m < M; ++m, out += NB, y += y_stride) {
+  for (int64_t m = 0; m < M; ++m, out += out_stride, y += y_stride) {
     for (int64_t c = 0; c < whole; c += W)
       store(y + c, bias ? load(out + c) + load(bias + c) : load(out + c));
     for (int64_t c = whole; c < columns; ++c)
@@ -161,7 +162,7 @@ void write_block(const float* out, int64_t M, int64_t n0, int64_t N, const void*
   const int64_t columns = N - n0 < NB ? N - n0 : NB;
   TW_FOR_DTYPE(dtype, T, {
     const T* b = bias ? static_cast<const T*>(bias) + n0 : nullptr;
-    write_block(out, M, columns, b, static_cast<T*>(y) + n0, y_stride);
+    write_rows(out, NB, M, columns, b, static_cast<T*>(y) + n0, y_stride);
   })
 }
 
@@ -185,18 +186,89 @@ void quant_gemm(const QuantWeight& w, const QuantActivations& a, const void* bia
   }
 }
 
+namespace {
+
+// The input gradient of a few rows: the weight streams row after row, TILE columns wide, and
+// each adds to accumulators in L1.  STEP rows unpack together, so that these are read once for four.
+constexpr int64_t TILE = UNPACKED, STREAM_ROWS = KC * NB / (2 * TILE);  // two sums fit the scratch
+constexpr int STEP = 4;
+
+// part[m, TILE] += sum_i dy[m, i] lines[i, TILE] over `rows` <= STEP rows, for R rows m.
+template <int R>
+TW_INLINE void add_lines(const float* dy, int64_t dy_stride, int rows, const float (*lines)[TILE],
+                         int64_t count, float* part) {
+  Vec scale[R][STEP];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < STEP; ++i) scale[r][i] = set1(i < rows ? dy[r * dy_stride + i] : 0.f);
+  for (int64_t c = 0; c < count; c += W) {
+    Vec line[STEP];
+    for (int i = 0; i < STEP; ++i) line[i] = load(lines[i] + c);
+    for (int r = 0; r < R; ++r) {
+      float* to = part + r * TILE + c;
+      Vec sum = load(static_cast<const float*>(to));
+      for (int i = 0; i < STEP; ++i) sum = fma(scale[r][i], line[i], sum);
+      store(to, sum);
+    }
+  }
+}
+
+// dx[M, k0 .. k0 + columns) of M <= STREAM_ROWS rows; part and total [M, TILE].
+void stream_rows(const QuantWeight& w, const QuantActivations& a, int64_t k0, int64_t columns,
+                 float* part, float* total) {
+  const int64_t count = (columns + W - 1) / W * W, row = w.K * w.bits / 8;
+  alignas(64) float lines[STEP][TILE] = {};
+  for (int64_t i = 0; i < a.M * TILE; ++i) total[i] = 0.f;
+  for (int64_t n0 = 0; n0 < w.N; n0 += SEGMENT) {
+    const int64_t stop = n0 + SEGMENT < w.N ? n0 + SEGMENT : w.N;
+    for (int64_t i = 0; i < a.M * TILE; ++i) part[i] = 0.f;
+    for (int64_t n = n0; n < stop; n += STEP) {
+      const int rows = int(stop - n < STEP ? stop - n : STEP);
+      const uint8_t* ahead = w.codes + (n + 2 * STEP) * row + k0 * w.bits / 8;
+      if (n + 3 * STEP <= w.N)
+        for (int r = 0; r < STEP; ++r)
+          for (int64_t b = 0; b < columns * w.bits / 8; b += 64)
+            __builtin_prefetch(ahead + r * row + b);
+      unpack_rows(w, n, rows, k0, columns, lines[0], TILE);
+      for (int r = rows; r < STEP; ++r)
+        for (int64_t c = 0; c < count; ++c) lines[r][c] = 0.f;
+      const float* dy = a.x + n;
+      for (int64_t m = 0; m < a.M;) {
+        const float* from = dy + m * a.x_stride;
+        float* to = part + m * TILE;
+        if (W == 16 && a.M - m >= 4) add_lines<4>(from, a.x_stride, rows, lines, count, to), m += 4;
+        else if (a.M - m >= 2) add_lines<2>(from, a.x_stride, rows, lines, count, to), m += 2;
+        else add_lines<1>(from, a.x_stride, rows, lines, count, to), m += 1;
+      }
+    }
+    for (int64_t i = 0; i < a.M * TILE; i += W)
+      store(total + i, load(static_cast<const float*>(total + i)) +
+                           load(static_cast<const float*>(part + i)));
+  }
+}
+
+}  // namespace
+
 void quant_dgrad(const QuantWeight& w, const QuantActivations& a, void* dx, int64_t dx_stride,
                  DType dtype, float* scratch, int64_t begin, int64_t end) {
+  if (a.M <= STREAM_ROWS) {
+    float *part = scratch, *total = scratch + a.M * TILE;
+    const int64_t stop = end * NB < w.K ? end * NB : w.K;
+    for (int64_t k0 = begin * NB; k0 < stop; k0 += TILE) {
+      const int64_t columns = stop - k0 < TILE ? stop - k0 : TILE;
+      stream_rows(w, a, k0, columns, part, total);
+      TW_FOR_DTYPE(dtype, T,
+                   write_rows<T>(total, TILE, a.M, columns, nullptr, static_cast<T*>(dx) + k0, dx_stride))
+    }
+    return;
+  }
   float *panel = scratch, *out = scratch + KC * NB;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t k0 = block * NB, columns = w.K - k0 < NB ? w.K - k0 : NB;
     for (int64_t i = 0; i < a.M * NB; ++i) out[i] = 0.f;
+    for (int64_t i = 0; columns < NB && i < KC * NB; ++i) panel[i] = 0.f;
     for (int64_t n0 = 0; n0 < w.N; n0 += KC) {
       const int64_t nc = w.N - n0 < KC ? w.N - n0 : KC;
-      for (int64_t n = 0; n < nc; ++n) {
-        unpack_row(w, n0 + n, k0, columns, panel + n * NB);
-        for (int64_t c = columns; c < NB; ++c) panel[n * NB + c] = 0.f;
-      }
+      unpack_rows(w, n0, nc, k0, columns, panel, NB);
       micro_rows(int(a.M), a.x + n0, a.x_stride, panel, nc, out);
     }
     write_block(out, a.M, k0, w.K, nullptr, dx, dx_stride, dtype);
@@ -260,12 +332,12 @@ void fill_int8(const QuantWeight& w, int64_t n0, int64_t k0, int64_t kc, uint8_t
   for (int64_t c = 0; c < NB; ++c) {
     const int64_t n = n0 + (c < columns ? c : columns - 1);  // repeats are never written out
     if (group == 32) {
-      float s[KC / 32], o[KC / 32] = {};
-      row_scales(w, n, k0 / 32, kc / 32, s, o);
+      float s[KC / 32 + W], o[KC / 32 + W];
+      TW_FOR_DTYPE(w.scale_dtype, S, row_scales<S>(w, n, k0 / 32, kc / 32, s, o))
       for (int64_t b = 0; b < kc / 32; ++b) scale[b * NB + c] = s[b], offset[b * NB + c] = o[b];
     } else {
       for (int64_t b = 0; b < kc / 32; ++b)
-        row_scales(w, n, (k0 + b * 32) / group, 1, scale + b * NB + c, offset + b * NB + c);
+        group_scale(w, n, (k0 + b * 32) / group, scale + b * NB + c, offset + b * NB + c);
     }
     if (w.bits == 8) {
       const uint8_t* p = w.codes + n * w.K + k0;

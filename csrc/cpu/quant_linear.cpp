@@ -290,16 +290,40 @@ void gemv_all(const QuantWeight& w, const QuantActivations& a, const void* bias,
 }
 #endif
 
+// Row m where x has an infinity or a nan, or its sum overflows: those must meet the weight's own
+// value, since apart its code's share and its offset's would give inf - inf.
+[[maybe_unused]] void gemv_exact(const QuantWeight& w, const QuantActivations& a, int64_t m,
+                                 const void* bias, void* y, int64_t y_stride, DType dtype,
+                                 int64_t begin, int64_t end) {
+  float line[UNPACKED];
+  for (int64_t n = begin; n < end; ++n) {
+    float sum = 0.f;
+    for (int64_t k0 = 0; k0 < w.K; k0 += UNPACKED) {
+      const int64_t count = w.K - k0 < UNPACKED ? w.K - k0 : UNPACKED;
+      unpack_rows(w, n, 1, k0, count, line, UNPACKED);
+      for (int64_t k = 0; k < count; ++k) sum += line[k] * a.x[m * a.x_stride + k0 + k];
+    }
+    finish(sum, bias, y, dtype, n, m * y_stride + n);
+  }
+}
+
 }  // namespace
 
 void quant_gemv(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
                 int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
+#if defined(__AVX2__)
 #if defined(__AVX512F__)
   const int64_t group = w.K / w.G;
   const auto run = group == 32 ? gemv_all<32> : group == 64 ? gemv_all<64> : gemv_all<128>;
+#else
+  const auto run = w.bits == 4 ? gemv_all<4> : gemv_all<8>;
+#endif
   run(w, a, bias, y, y_stride, dtype, begin, end);
-#elif defined(__AVX2__)
-  (w.bits == 4 ? gemv_all<4> : gemv_all<8>)(w, a, bias, y, y_stride, dtype, begin, end);
+  for (int64_t m = 0; m < a.M; ++m) {
+    float zero = 0.f;  // or nan
+    for (int64_t g = 0; g < w.G; ++g) zero += a.sums[m * w.G + g] * 0.f;
+    if (zero != 0.f) gemv_exact(w, a, m, bias, y, y_stride, dtype, begin, end);
+  }
 #endif
 }
 

@@ -97,7 +97,7 @@ class QuantTensor:
         if self.bits == 8:
             return self.qweight
         q = self.qweight
-        return torch.stack((q & 15, q >> 4), dim=-1).reshape(q.shape[0], -1)
+        return torch.stack((q & 15, q >> 4), dim=-1).flatten(1)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K]: computed in float32 (float64 for float64), rounded once to dtype."""

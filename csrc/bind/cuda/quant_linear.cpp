@@ -64,6 +64,7 @@ at::Tensor linear_int4_gemv(const at::Tensor& x, const at::Tensor& qweight, cons
   const c10::cuda::CUDAGuard guard(x.device());
   at::Tensor y = at::empty({M, N}, x.options());
   if (M == 0 || N == 0) return y;
+  if (K == 0) return bias ? y.copy_(bias->expand({M, N})) : y.zero_();
   const at::Tensor x_ = aligned(x), q = aligned(qweight), s = scales.contiguous();
   const at::Tensor o = given ? given->contiguous() : at::Tensor();
   const at::Tensor b = bias ? bias->contiguous() : at::Tensor();

@@ -11,6 +11,7 @@ A block is 32 weights.  With d and m float16:
 Byte i of a 4-bit block holds weight i in its low nibble and weight i + 16 in its high one.
 """
 
+import math
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from tilewright.quant_tensor import QuantTensor
 BLOCK = 32
 QUANT_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}  # a block of 32 weights
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_RANK = 4  # ggml's
 CHUNK = 1 << 20  # bytes of the map read before they are given back
 
 
@@ -89,9 +91,9 @@ class _Reader(GGUFReader):
             kind = GGMLQuantizationType(code).name if known else f"number {code}"
             if name in self.infos:
                 raise ValueError(f"tensor {name} is there twice")
-            count = 1
-            for size in shape:
-                count *= size
+            if len(shape) > MAX_RANK or not all(0 < size < 1 << 63 for size in shape):
+                raise ValueError(f"tensor {name} has shape {list(shape[: MAX_RANK + 1])}")
+            count = math.prod(shape)
             if kind in FLOAT_DTYPES:
                 nbytes = count * FLOAT_DTYPES[kind].itemsize
             elif kind in QUANT_BYTES:
@@ -130,7 +132,8 @@ class GGUFFile:
                 for name, field in reader.fields.items()
             }
         except (ValueError, KeyError, IndexError, OverflowError) as error:
-            message = error.args[0] if error.args else error
+            # a KeyError's text is its argument in quotes
+            message = error.args[0] if isinstance(error, KeyError) and error.args else error
             raise ValueError(f"{self.path}: not a readable GGUF file: {message}") from error
         if reader.byte_order == "S":
             raise ValueError(f"{self.path}: GGUF of the other byte order")
@@ -148,8 +151,6 @@ class GGUFFile:
         """(destination rows, their bytes [n, bytes of a row]), a fresh tensor each time."""
         info = self.info(name)
         count = info.shape[0] if len(info.shape) > 1 else 1
-        if not info.nbytes:
-            return
         table = self._map[info.offset : info.offset + info.nbytes].reshape(count, -1)
         step = max(1, CHUNK // table.shape[1])
         order = None if rows is None else rows.numpy()
