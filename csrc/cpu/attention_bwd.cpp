@@ -70,7 +70,7 @@ template <class T> void dq_tile(const AttentionArgs& a, int64_t item, float* scr
     const Rows k = stage(at<T>(a.k, x.b, x.g, j), a.k.row, count, D, k_space);
     const Rows v = stage(at<T>(a.v, x.b, x.g, j), a.v.row, count, D, v_space);
     gemm<true, SET>(k.data, k.stride, qt, p, count, D, x.vectors, {a.scale});
-    gemm<true, SET>(v.data, v.stride, dot, ds, count, D, x.vectors);
+    gemm_in_parts(v.data, v.stride, dot, ds, count, D, x.vectors);
     if (a.causal && j + count - 1 > x.first / R + x.offset) mask_prefix(p, j, count, x, R);
     statistics_step(p, ds, count, x.vectors, stats);
     const Carry carry = {1.f, stats.alpha, stats.beta, pkt};
@@ -123,7 +123,7 @@ template <class T> void dkv_tile(const AttentionArgs& a, int64_t item, float* sc
       const Rows q = stage(at<T>(a.q, b, h, i), a.q.row, count, D, q_space);
       const Rows dout = stage(at<T>(a.dout, b, h, i), a.dout.row, count, D, do_space);
       gemm<true, SET>(q.data, q.stride, kt, p, count, D, vectors, {a.scale});
-      gemm<true, SET>(dout.data, dout.stride, vt, ds, count, D, vectors);
+      gemm_in_parts(dout.data, dout.stride, vt, ds, count, D, vectors);
       if (a.causal)
         for (int64_t r = 0; r < count; ++r)
           for (int64_t lane = most(0, i + r + offset + 1 - first); lane < keys; ++lane) p[r * L + lane] = -INF;

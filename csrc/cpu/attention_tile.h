@@ -104,6 +104,15 @@ void gemm(const float* A, int64_t sa, const float* B, float* C, int64_t M, int64
   if (vectors - n == 1) panel<1, ALONG_K, MODE>(A, sa, B, C, M, K, n * W, carry);
 }
 
+constexpr int64_t SHORT = 8;
+
+// C = A B [M, lanes] over K in parts: what differs by little, as dP from its mean, cannot afford the
+// error of one chain, twice a dot product's with W partial sums.
+TW_INLINE void gemm_in_parts(const float* A, int64_t sa, const float* B, float* C, int64_t M, int64_t K, int vectors) {
+  gemm<true, SET>(A, sa, B, C, M, least(K, SHORT), vectors);
+  for (int64_t k = SHORT; k < K; k += SHORT) gemm<true, ADD>(A + k, sa, B + k * L, C, M, least(K - k, SHORT), vectors);
+}
+
 struct Rows {
   const float* data;
   int64_t stride;
