@@ -10,7 +10,7 @@ from torch import Tensor
 from tilewright import _native, _op, ops, reference
 from tilewright.testing import assert_matches_reference, assert_within, run
 
-# B, H, G, S, T, D.  A CPU tile is 48 rows by 48 keys, a decode chunk 256 keys; a GPU tile at most
+# B, H, G, S, T, D.  A CPU tile is 48 rows by 48 keys, a decode chunk 128 keys; a GPU tile at most
 # 128 by 64.
 SHAPES = {
     "one": (1, 1, 1, 1, 1, 1),
@@ -82,9 +82,13 @@ def test_expanded(dtype, device):
 @pytest.mark.parametrize("S", [2, 20], ids=["decode", "blocked"])
 @pytest.mark.parametrize("scale", [0.25, -0.3, 2.5, 0.0])
 def test_scale(scale, S, seed, dtype, device):
-    """At 2.5 one probability of a row is often near 1, at 0 all are equal: sums err one way."""
+    """At 2.5 one probability of a row is often near 1, at 0 all are equal: sums err one way.
+
+    Four heads a group: where a row of dk is one term or two, how far P (dP - mean) happens to cancel
+    decides its error, eager's and ours alike, and their ratio is a lottery.
+    """
     torch.manual_seed(seed)
-    inputs = qkv(device, 1, 4, 2, S, 53, 32)
+    inputs = qkv(device, 1, 8, 2, S, 53, 32)
     assert_matches_reference(
         ops.attention, reference.attention, *inputs, dtype=dtype, causal=True, scale=scale
     )

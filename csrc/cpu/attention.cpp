@@ -190,7 +190,7 @@ void decode_rows(const AttentionArgs& a, int64_t b, int64_t g, int64_t c, int64_
   const int64_t vectors = (count + W - 1) / W * W;
   for (int r = 0; r < RB; ++r) {
     const T* from = at<T>(a.q, b, g * R + (row + r) % R, (row + r) / R);
-    for (int64_t d = 0; d < D; ++d) q[r * Dp + d] = to_float(from[d]);
+    convert(from, q + r * Dp, D);
     for (int64_t d = D; d < Dp; ++d) q[r * Dp + d] = 0.f;
   }
   decode_scores<RB>(q, Dp, at<T>(a.k, b, g, j0), a.k.row, count, D, scores);

@@ -8,7 +8,7 @@ namespace tilewright::cpu {
 
 constexpr int ATTENTION_LANES = 48;  // rows (or keys) that a tile of the blocked kernels holds
 constexpr int ATTENTION_BLOCK = 48;  // keys (or rows) it meets at a time
-constexpr int ATTENTION_CHUNK = 256;  // keys a decode item reads
+constexpr int ATTENTION_CHUNK = 128;  // keys a decode item reads
 
 // A [B, heads, length, D] tensor: strides in elements, the last is 1.
 struct AttentionView {

@@ -104,7 +104,7 @@ void gemm(const float* A, int64_t sa, const float* B, float* C, int64_t M, int64
   if (vectors - n == 1) panel<1, ALONG_K, MODE>(A, sa, B, C, M, K, n * W, carry);
 }
 
-constexpr int64_t SHORT = 8;
+constexpr int64_t SHORT = 16;
 
 // C = A B [M, lanes] over K in parts: what differs by little, as dP from its mean, cannot afford the
 // error of one chain, twice a dot product's with W partial sums.

@@ -56,7 +56,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    q_shape, k_shape = q.shape, k.shape
+    q_shape, k_shape, device = q.shape, k.shape, q.device
     return (
         len(q_shape) == len(k_shape) == 4
         and v.shape == k_shape
@@ -65,8 +65,8 @@ def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and k_shape[1] > 0
         and q_shape[1] % k_shape[1] == 0
         and q.dtype == k.dtype == v.dtype
-        and q.is_floating_point()
-        and q.device == k.device == v.device
+        and k.device == device
+        and v.device == device
     )
 
 
@@ -109,8 +109,10 @@ def attention(
         )
     if not _fits(q, k, v):
         raise ValueError(f"attention: {_misfit(q, k, v)}")
-    D = q.shape[3]
+    D = q.size(3)
     if D > MAX_D or not _op.serves("attention", q):
+        if not q.is_floating_point():
+            raise ValueError(f"attention: {_misfit(q, k, v)}")
         return _op.twin("attention")(q, k, v, causal=causal, scale=scale)
     if scale is None:
         scale = D**-0.5
