@@ -108,14 +108,14 @@ void decode_scores(const float* q, int64_t Dp, const T* k, int64_t stride, int64
       for (int r = 0; r < RB; ++r) {
         const Vec y = load(q + r * Dp + d);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) acc[r][i] = fma(x[i], y, acc[r][i]);
+        for (int i = 0; i < 4; ++i) acc[r][i] = mul_add(x[i], y, acc[r][i]);
       }
     }
     if (whole < D)
       for (int i = 0; i < 4; ++i) {
         const Vec x = load_n(kj + i * stride + whole, int(D - whole));
 #pragma GCC unroll 4
-        for (int r = 0; r < RB; ++r) acc[r][i] = fma(x, load(q + r * Dp + whole), acc[r][i]);
+        for (int r = 0; r < RB; ++r) acc[r][i] = mul_add(x, load(q + r * Dp + whole), acc[r][i]);
       }
 #pragma GCC unroll 4
     for (int r = 0; r < RB; ++r) reduce4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], scores + r * CHUNK + j);
@@ -123,9 +123,9 @@ void decode_scores(const float* q, int64_t Dp, const T* k, int64_t stride, int64
   for (; j < count; ++j)
     for (int r = 0; r < RB; ++r) {
       Vec acc = set1(0.f);
-      for (int64_t d = 0; d < whole; d += W) acc = fma(load(k + j * stride + d), load(q + r * Dp + d), acc);
+      for (int64_t d = 0; d < whole; d += W) acc = mul_add(load(k + j * stride + d), load(q + r * Dp + d), acc);
       if (whole < D)
-        acc = fma(load_n(k + j * stride + whole, int(D - whole)), load(q + r * Dp + whole), acc);
+        acc = mul_add(load_n(k + j * stride + whole, int(D - whole)), load(q + r * Dp + whole), acc);
       scores[r * CHUNK + j] = reduce_add(acc);
     }
 }

@@ -30,6 +30,18 @@ constexpr int MR = 4, NV = 3;
 TW_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 TW_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// a * b + c, rounded once.  The scalar level's fma rounds twice, and what a score of 1000 is off by,
+// its probability is off by a thousandfold.
+TW_INLINE Vec mul_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX2__)
+  return fma(a, b, c);
+#elif defined(__FP_FAST_FMAF)
+  return {__builtin_fmaf(a.v, b.v, c.v)};
+#else
+  return {float(double(a.v) * double(b.v) + double(c.v))};
+#endif
+}
+
 template <class T> TW_INLINE T* at(const AttentionView& x, int64_t b, int64_t h, int64_t row) {
   return static_cast<T*>(x.data) + b * x.batch + h * x.head + row * x.row;
 }
@@ -61,7 +73,7 @@ TW_INLINE void micro(const float* A, int64_t sa, const float* B, float* C, int64
     for (int i = 0; i < M_; ++i) {
       const Vec a = set1(ALONG_K ? A[(from + i) * sa + k] : A[k * sa + from + i]);
 #pragma GCC unroll 3
-      for (int n = 0; n < N_; ++n) acc[i][n] = fma(a, b[n], acc[i][n]);
+      for (int n = 0; n < N_; ++n) acc[i][n] = mul_add(a, b[n], acc[i][n]);
     }
   }
 #pragma GCC unroll 8
