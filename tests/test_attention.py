@@ -1,6 +1,7 @@
 """attention against its reference, as an operator, under compile, autocast and odd memory layouts."""
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 from tilewright import _native, _op, ops, reference
 from tilewright.testing import assert_matches_reference, assert_within, run
 
-# B, H, G, S, T, D.  A CPU tile is 48 rows by 48 keys, a decode chunk 256 keys; a GPU tile at most
+# B, H, G, S, T, D.  A CPU tile is 48 rows by 48 keys, a decode chunk 128 keys; a GPU tile at most
 # 128 by 64.
 SHAPES = {
     "one": (1, 1, 1, 1, 1, 1),
     "decode_two_chunks": (1, 6, 2, 1, 300, 64),
-    "decode_odd_head_dim": (2, 6, 2, 1, 23, 40),
+    "decode_odd_head_dim": (2, 6, 2, 1, 7, 40),
     "few_queries": (1, 8, 2, 5, 60, 80),
     "mqa": (1, 5, 1, 9, 20, 16),
     "exact_tile": (2, 3, 3, 48, 48, 64),
@@ -78,20 +79,19 @@ def test_expanded(dtype, device):
     assert_matches_reference(shared(ops.attention), shared(reference.attention), q, x, dtype=dtype)
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("S", [2, 20], ids=["decode", "blocked"])
-@pytest.mark.parametrize("scale", [0.25, 0.5, -0.3])
-def test_scale(scale, S, dtype, device):
-    inputs = qkv(device, 1, 4, 2, S, 53, 32)
+@pytest.mark.parametrize("scale", [0.25, -0.3, 2.5, 0.0])
+def test_scale(scale, S, seed, dtype, device):
+    """At 2.5 one probability of a row is often near 1, at 0 all are equal: sums err one way.
+
+    Four heads a group: where a row of dk is one term or two, how far P (dP - mean) happens to cancel
+    decides its error, eager's and ours alike, and their ratio is a lottery.
+    """
+    torch.manual_seed(seed)
+    inputs = qkv(device, 1, 8, 2, S, 53, 32)
     assert_matches_reference(
         ops.attention, reference.attention, *inputs, dtype=dtype, causal=True, scale=scale
-    )
-
-
-@pytest.mark.parametrize("S", [2, 20], ids=["decode", "blocked"])
-def test_scale_zero_averages(S, dtype, device):
-    inputs = (t.detach() for t in qkv(device, 1, 4, 2, S, 53, 32))
-    assert_matches_reference(
-        ops.attention, reference.attention, *inputs, dtype=dtype, causal=True, scale=0.0
     )
 
 
@@ -115,8 +115,46 @@ def test_rows_that_see_nothing(S, device):
 
 @pytest.mark.parametrize("S", [1, 20], ids=["decode", "blocked"])
 def test_large_scores(S, dtype, device):
-    q, k, v = (6 * t.detach() for t in qkv(device, 1, 8, 2, S, 40, 16))
+    q, k, v = (10 * t.detach() for t in qkv(device, 1, 8, 2, S, 40, 16))
     assert_matches_reference(ops.attention, reference.attention, q, k, v, dtype=dtype, causal=True)
+
+
+def test_large_scores_backward(dtype, device):
+    # larger ones saturate float64 too: then the truth itself is 0 where the gradient is not
+    q, k, v = (6 * t.detach() for t in qkv(device, 1, 8, 2, 20, 40, 16))
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    assert_matches_reference(ops.attention, reference.attention, *inputs, dtype=dtype, causal=True)
+
+
+@pytest.mark.parametrize("S", [1, 20], ids=["decode", "blocked"])
+def test_saturated_gradients_are_exact(S, device):
+    """Two keys, p = e^-30 on the second: dS = p (dP_2 - dP_1): float32 sums at 1 - p are 0."""
+    q = torch.zeros(1, 1, S, 8, device=device)
+    k, v = torch.zeros(1, 1, 2, 8, device=device), torch.randn(1, 1, 2, 8, device=device)
+    q[..., 0], k[0, 0, :, 0] = 1.0, torch.tensor([0.0, -30.0])
+    dout = torch.randn(1, 1, S, 8, device=device)
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    out = ops.attention(q, k, v, scale=1.0)
+    _, dk, _ = torch.autograd.grad(out, inputs, dout)
+
+    def closed_form(dtype):
+        # in base 2, as GPU kernels take it: float32 then rounds the exponent itself
+        p = (torch.tensor(-30.0, dtype=dtype, device=device) * math.log2(math.e)).exp2()
+        dp = dout.to(dtype) @ v.to(dtype).mT
+        ds = (p * (dp[..., 1] - dp[..., 0])).sum()
+        return torch.stack([-ds, ds]).double()
+
+    plain, truth = closed_form(torch.float32), closed_form(torch.float64)
+    assert_within(dk[0, 0, :, 0].double(), plain, truth, torch.finfo(torch.float32).eps, "dk")
+
+
+@pytest.mark.parametrize("S", [1, 20], ids=["decode", "blocked"])
+def test_scores_that_overflow_are_torchs(S, device):
+    q, k, v = (t.detach() for t in qkv(device, 1, 2, 1, S, 40, 16))
+    q[0, 0, 0], k = 1e30, -1e30 * k.abs()
+    with torch.no_grad():
+        assert reference.attention(q, k, v)[0, 0, 0].isnan().all()
+        assert ops.attention(q, k, v)[0, 0, 0].isnan().all()
 
 
 @pytest.mark.parametrize("S", [1, 20], ids=["decode", "blocked"])
@@ -141,25 +179,6 @@ def _needs_kernel(device):
 
 
 @served
-@pytest.mark.parametrize(
-    "shape", ["few_queries", "decode_two_chunks", "cached_prefill", "blind_rows"]
-)
-def test_lse(shape, dtype, device):
-    q, k, v = (t.detach().to(dtype) for t in qkv(device, *SHAPES[shape]))
-    D, S, T = q.shape[3], q.shape[2], k.shape[2]
-
-    def lse(q, k):
-        scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * D**-0.5
-        hidden = torch.ones(S, T, dtype=torch.bool, device=device).triu(T - S + 1)
-        return scores.masked_fill(hidden, -torch.inf).logsumexp(-1)
-
-    ours = fwd(q, k, v, True, D**-0.5)[1]
-    truth, eager = lse(q.double(), k.double()), lse(q.float(), k.float()).double()
-    assert ours.dtype == torch.float32
-    assert_within(ours.double(), eager, truth, torch.finfo(torch.float32).eps, "lse")
-
-
-@served
 @pytest.mark.parametrize("layout", ["plain", "packed", "cache", "columns", "empty", "one_query"])
 def test_opcheck(layout, device):
     cases = layouts(device, B=1) | {
@@ -169,9 +188,8 @@ def test_opcheck(layout, device):
     }
     q, k, v = (t.detach() for t in cases[layout])
     torch.library.opcheck(fwd, (q, k, v, True, 0.25))
-    out, lse = fwd(q, k, v, True, 0.25)
     dout = torch.randn(q.shape, device=device)  # unlike out, [B, H, S, D] in memory
-    torch.library.opcheck(bwd, (dout, q, k, v, out, lse, True, 0.25))
+    torch.library.opcheck(bwd, (dout, q, k, v, True, 0.25))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -31,11 +31,6 @@ Tensor empty_like_heads(const Tensor& x) {
       {B, N, S, D}, {some(S) * some(N) * some(D), some(D), some(N) * some(D), 1}, x.scalar_type());
 }
 
-Tensor empty_rows(const Tensor& q) {
-  return at::detail::empty_cpu({q.size(0), q.size(1), q.size(2)}, at::kFloat, std::nullopt,
-                               std::nullopt, std::nullopt, std::nullopt);
-}
-
 AttentionArgs arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() && k.size(0) == q.size(0) &&
                         k.size(3) == q.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
@@ -63,16 +58,16 @@ void run(Kernel kernel, const AttentionArgs& a, int64_t items, int64_t each, int
 // Few rows leave the blocked kernel's lanes empty, and too few tiles to share out a long cache.
 bool is_decode(const AttentionArgs& a) { return a.S <= 8 && a.S * a.group() <= 64; }
 
-std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal, double scale) {
+Tensor attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal, double scale) {
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
   AttentionArgs a = arguments("attention", q, k, v, causal, scale);
-  const Tensor out = empty_like_heads(q), lse = empty_rows(q);
-  if (lse.numel() == 0) return {out, lse};
-  a.out = view(out), a.lse = lse.data_ptr<float>();
+  const Tensor out = empty_like_heads(q);
+  if (out.numel() == 0) return out;
+  a.out = view(out);
   if (!is_decode(a)) {
     run(TW_PICK(attention_prefill), a, a.B * a.G * a.row_tiles(),
         2 * cpu::ATTENTION_LANES * a.T * a.D, a.blocked_scratch());
-    return {out, lse};
+    return out;
   }
   const int64_t rows = a.S * a.group(), items = a.B * a.G * a.chunks();
   c10::DataPtr partial;
@@ -88,28 +83,21 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, con
     const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / (a.chunks() * (a.D + 2)));
     at::parallel_for(0, a.B * a.G * rows, grain, [&](int64_t begin, int64_t end) { combine(a, begin, end); });
   }
-  return {out, lse};
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
-                                                 const Tensor& out_, const Tensor& lse_, bool causal, double scale) {
-  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
-  const Tensor out = dense_rows(out_), dout = dense_rows(dout_), lse = lse_.contiguous();
+                                                 bool causal, double scale) {
+  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), dout = dense_rows(dout_);
   AttentionArgs a = arguments("attention_bwd", q, k, v, causal, scale);
-  TORCH_CHECK_VALUE(dout.sizes() == q.sizes() && out.sizes() == q.sizes() && dout.scalar_type() == q.scalar_type() &&
-                        out.scalar_type() == q.scalar_type(),
-                    "attention_bwd: dout ", dout.sizes(), " ", dout.scalar_type(), " or out ", out.sizes(), " ",
-                    out.scalar_type(), " does not fit q ", q.sizes(), " ", q.scalar_type());
-  TORCH_CHECK_VALUE(lse.scalar_type() == at::kFloat && lse.sizes() == q.sizes().slice(0, 3),
-                    "attention_bwd: lse ", lse.sizes(), " ", lse.scalar_type(), " does not fit q ", q.sizes());
+  TORCH_CHECK_VALUE(dout.sizes() == q.sizes() && dout.scalar_type() == q.scalar_type(), "attention_bwd: dout ",
+                    dout.sizes(), " ", dout.scalar_type(), " does not fit q ", q.sizes(), " ", q.scalar_type());
   const Tensor dq = empty_like_heads(q), dk = empty_like_heads(k), dv = empty_like_heads(k);
-  const Tensor delta = empty_rows(q), mass = empty_rows(q);
-  a.out = view(out), a.dout = view(dout), a.dq = view(dq), a.dk = view(dk), a.dv = view(dv);
-  a.lse = lse.data_ptr<float>(), a.delta = delta.data_ptr<float>(), a.mass = mass.data_ptr<float>();
-  const auto rowsum = TW_PICK(attention_delta);
-  at::parallel_for(0, delta.numel(), std::max<int64_t>(1, 32768 / std::max<int64_t>(1, a.D)),
-                   [&](int64_t begin, int64_t end) { rowsum(a, begin, end); });
-  const int64_t each = 3 * cpu::ATTENTION_LANES * a.D;
+  const int64_t n = a.B * a.H * a.S, each = 3 * cpu::ATTENTION_LANES * a.D;
+  const auto space = c10::GetCPUAllocator()->allocate(size_t(4 * n) * sizeof(float));
+  float* const rows = static_cast<float*>(space.get());
+  a.rows = {rows, rows + n, rows + 2 * n, rows + 3 * n};
+  a.dout = view(dout), a.dq = view(dq), a.dk = view(dk), a.dv = view(dv);
   if (dq.numel())
     run(TW_PICK(attention_dq), a, a.B * a.G * a.row_tiles(), each * a.T, a.blocked_scratch());
   if (dk.numel())

@@ -8,7 +8,7 @@ namespace tilewright::cpu {
 
 constexpr int ATTENTION_LANES = 48;  // rows (or keys) that a tile of the blocked kernels holds
 constexpr int ATTENTION_BLOCK = 48;  // keys (or rows) it meets at a time
-constexpr int ATTENTION_CHUNK = 256;  // keys a decode item reads
+constexpr int ATTENTION_CHUNK = 128;  // keys a decode item reads
 
 // A [B, heads, length, D] tensor: strides in elements, the last is 1.
 struct AttentionView {
@@ -16,16 +16,20 @@ struct AttentionView {
   int64_t batch, head, row;
 };
 
+// What the backward finds out about each row and its two halves share, each [B, H, S]:
+// P = e^(s - top) * norm, and dS = P ((dP - mean) - drift).
+struct AttentionRows {
+  float *top, *norm, *mean, *drift;
+};
+
 struct AttentionArgs {
   AttentionView q, k, v, out;
   AttentionView dout, dq, dk, dv;  // backward only
-  float* lse;          // [B, H, S], natural logarithm; -inf where a row sees nothing
-  float* delta;        // [B, H, S]: rowsum(dout * out); dq refines it, so it runs before dkv
-  float* mass;         // [B, H, S]: what P sums to when recomputed from lse; dq's, for dkv
-  float* partial;      // decode with more than one chunk: [B, G, chunks, S * R, D + 2]
+  AttentionRows rows;              // backward only: dq writes it, so it runs before dkv
+  float* partial;  // decode with more than one chunk: [B, G, chunks, S * R, D + 2]
   int64_t B, H, G, S, T, D;
   float scale;
-  bool causal;         // query i sees keys j <= i + T - S
+  bool causal;  // query i sees keys j <= i + T - S
   DType dtype;
 
   int64_t group() const { return H / G; }
@@ -33,6 +37,8 @@ struct AttentionArgs {
   int64_t row_tiles() const { return (S * group() + ATTENTION_LANES - 1) / ATTENTION_LANES; }
   int64_t key_tiles() const { return (T + ATTENTION_LANES - 1) / ATTENTION_LANES; }
   int64_t chunks() const { return T ? (T + ATTENTION_CHUNK - 1) / ATTENTION_CHUNK : 1; }
+  // Whether query i sees no key: then its output and gradients are 0, and not 0 / 0.
+  bool blind(int64_t i) const { return T == 0 || (causal && i + T - S < 0); }
   // floats of scratch each thread needs
   int64_t blocked_scratch() const {
     return 4 * (ATTENTION_LANES + ATTENTION_BLOCK) * (padded() + ATTENTION_LANES);
@@ -41,11 +47,10 @@ struct AttentionArgs {
 };
 
 // Items: prefill and dq [B * G * row_tiles], dkv [B * G * key_tiles], decode [B * G * chunks],
-// combine [B * G * S * R], delta [B * H * S].
+// combine [B * G * S * R].
 TW_DECLARE(void, attention_prefill, const AttentionArgs& a, float* scratch, int64_t begin, int64_t end)
 TW_DECLARE(void, attention_decode, const AttentionArgs& a, float* scratch, int64_t begin, int64_t end)
 TW_DECLARE(void, attention_combine, const AttentionArgs& a, int64_t begin, int64_t end)
-TW_DECLARE(void, attention_delta, const AttentionArgs& a, int64_t begin, int64_t end)
 TW_DECLARE(void, attention_dq, const AttentionArgs& a, float* scratch, int64_t begin, int64_t end)
 TW_DECLARE(void, attention_dkv, const AttentionArgs& a, float* scratch, int64_t begin, int64_t end)
 

@@ -19,32 +19,25 @@ def _heads_last(x: Tensor) -> Tensor:
     return x.new_empty(B, S, N, D).transpose(1, 2)
 
 
-def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return _heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    return _heads_last(q)
 
 
 def _bwd_fake(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _heads_last(q), _heads_last(k), _heads_last(k)
 
 
 _fwd = _op.register(
     "attention",
-    "attention_fwd(Tensor q, Tensor k, Tensor v, bool causal, float scale) -> (Tensor, Tensor)",
+    "attention_fwd(Tensor q, Tensor k, Tensor v, bool causal, float scale) -> Tensor",
     _fwd_fake,
 )
 _bwd = _op.register(
     "attention",
-    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal,"
-    " float scale) -> (Tensor, Tensor, Tensor)",
+    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, bool causal, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
 
@@ -52,10 +45,9 @@ _bwd = _op.register(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-        out, lse = _fwd(q, k, v, causal, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v)
         ctx.causal, ctx.scale = causal, scale
-        return out
+        return _fwd(q, k, v, causal, scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -64,7 +56,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    q_shape, k_shape = q.shape, k.shape
+    q_shape, k_shape, device = q.shape, k.shape, q.device
     return (
         len(q_shape) == len(k_shape) == 4
         and v.shape == k_shape
@@ -73,8 +65,8 @@ def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and k_shape[1] > 0
         and q_shape[1] % k_shape[1] == 0
         and q.dtype == k.dtype == v.dtype
-        and q.is_floating_point()
-        and q.device == k.device == v.device
+        and k.device == device
+        and v.device == device
     )
 
 
@@ -117,11 +109,13 @@ def attention(
         )
     if not _fits(q, k, v):
         raise ValueError(f"attention: {_misfit(q, k, v)}")
-    D = q.shape[3]
+    D = q.size(3)
     if D > MAX_D or not _op.serves("attention", q):
+        if not q.is_floating_point():
+            raise ValueError(f"attention: {_misfit(q, k, v)}")
         return _op.twin("attention")(q, k, v, causal=causal, scale=scale)
     if scale is None:
         scale = D**-0.5
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, causal, scale)
-    return _fwd(q, k, v, causal, scale)[0]
+    return _fwd(q, k, v, causal, scale)

@@ -1,0 +1,150 @@
+// Attention's backward, one translation unit per instruction set: Dao 2023, arXiv:2307.08691,
+// algorithm 2, but for what it knows of a row.  There P = e^(s - lse) and delta = rowsum(dO O), both
+// rounded: at scores of 1000, lse is off by 3e-5 and P with it, and where one probability is near 1,
+// all that is left of dP - delta is the rounding.  Here dq finds the row's maximum, sum and mean of dP
+// again, as it goes.
+#include "attention_tile.h"
+
+namespace tilewright::cpu::TW_ISA {
+namespace {
+
+// Running statistics of a tile's rows, [L] each: maximum m and sum l of e^(s - m); mean, what dP is
+// measured from, near its mean under P; excess, the sum of p (dP - mean), 0 but for rounding.  A step
+// turns the sum of ds K so far into alpha times it plus beta times that of p K.
+struct Stats {
+  float *m, *l, *mean, *excess, *alpha, *beta;
+};
+
+// One step over scores p and products ds = dP, [count, L]: they become e^(s - m) and p (dP - mean).
+// Where one probability is 1, the mean is that dP and its ds 0, exactly.
+TW_INLINE void statistics_step(float* p, float* ds, int64_t count, int vectors, const Stats& x) {
+  for (int c = 0; c < vectors; ++c) {
+    const int at = c * W;
+    const Vec old = load(x.m + at), mean = load(x.mean + at);
+    Vec top = old;
+    for (int64_t j = 0; j < count; ++j) top = max(top, load(p + j * L + at));
+    const Vec a = exp(old - top);
+    Vec sum = set1(0.f), mix = set1(0.f);
+    for (int64_t j = 0; j < count; ++j) {
+      const Vec e = exp(load(p + j * L + at) - top);
+      store(p + j * L + at, e);
+      sum = sum + e;
+      mix = fma(e, load(ds + j * L + at), mix);
+    }
+    const Vec kept = load(x.l + at) * a, total = kept + sum;
+    // a row that saw nothing yet has total 0, and mean 0
+    const Vec now = fma(mean, kept, mix) / max(total, set1(1e-37f)), shift = now - mean;
+    Vec excess = set1(0.f);
+    for (int64_t j = 0; j < count; ++j) {
+      const Vec g = load(p + j * L + at) * (load(ds + j * L + at) - now);
+      store(ds + j * L + at, g);
+      excess = excess + g;
+    }
+    store(x.excess + at, fma(load(x.excess + at), a, excess) - shift * kept);
+    store(x.m + at, top);
+    store(x.l + at, total);
+    store(x.mean + at, now);
+    store(x.alpha + at, a);
+    store(x.beta + at, (mean - now) * a);
+  }
+}
+
+// dQ = scale sum_j dS_j K_j.
+template <class T> void dq_tile(const AttentionArgs& a, int64_t item, float* scratch) {
+  const Tile x = row_tile(a, item);
+  const int64_t R = a.group(), D = a.D;
+  float *qt = scratch, *dot = qt + D * L, *dqt = dot + D * L, *pkt = dqt + D * L, *p = pkt + D * L,
+        *ds = p + NB * L, *lanes = ds + NB * L, *k_space = lanes + 6 * L, *v_space = k_space + NB * a.padded();
+  const Stats stats = {lanes, lanes + L, lanes + 2 * L, lanes + 3 * L, lanes + 4 * L, lanes + 5 * L};
+  if (x.rows < L) clear(qt, 2 * D * L);
+  clear(dqt, 2 * D * L);
+  clear(lanes, 4 * L);
+  for (int lane = 0; lane < L; ++lane) stats.m[lane] = LOWEST;
+  for (int lane = 0; lane < x.rows; ++lane) {
+    const int64_t row = x.first + lane, h = x.g * R + row % R, i = row / R;
+    transpose_in(at<T>(a.q, x.b, h, i), qt, lane, D);
+    transpose_in(at<T>(a.dout, x.b, h, i), dot, lane, D);
+  }
+  for (int64_t j = 0; j < x.keys; j += NB) {
+    const int64_t count = least(NB, x.keys - j);
+    const Rows k = stage(at<T>(a.k, x.b, x.g, j), a.k.row, count, D, k_space);
+    const Rows v = stage(at<T>(a.v, x.b, x.g, j), a.v.row, count, D, v_space);
+    gemm<true, SET>(k.data, k.stride, qt, p, count, D, x.vectors, {a.scale});
+    gemm_in_parts(v.data, v.stride, dot, ds, count, D, x.vectors);
+    if (a.causal && j + count - 1 > x.first / R + x.offset) mask_prefix(p, j, count, x, R);
+    statistics_step(p, ds, count, x.vectors, stats);
+    const Carry carry = {1.f, stats.alpha, stats.beta, pkt};
+    gemm<false, SHIFT>(k.data, k.stride, ds, dqt, D, count, x.vectors, carry);
+    gemm<false, RESCALE>(k.data, k.stride, p, pkt, D, count, x.vectors, carry);
+  }
+  for (int lane = 0; lane < x.rows; ++lane) {
+    const int64_t row = x.first + lane, h = x.g * R + row % R, i = row / R, flat = (x.b * a.H + h) * a.S + i;
+    const float norm = a.blind(i) ? 0.f : 1.f / stats.l[lane], drift = stats.excess[lane] * norm;
+    for (int64_t d = 0; d < D; ++d) dqt[d * L + lane] -= drift * pkt[d * L + lane];
+    transpose_out(dqt, at<T>(a.dq, x.b, h, i), lane, D, a.scale * norm, k_space);
+    a.rows.top[flat] = stats.m[lane];
+    a.rows.norm[flat] = norm;
+    a.rows.mean[flat] = stats.mean[lane];
+    a.rows.drift[flat] = drift;
+  }
+}
+
+// Scores p and products ds = dP of queries (rows) and keys (lanes) become P and dS.
+TW_INLINE void score_gradient(float* p, float* ds, int64_t count, int vectors, const AttentionRows& rows, int64_t flat) {
+  for (int64_t j = 0; j < count; ++j) {
+    const Vec top = set1(rows.top[flat + j]), norm = set1(rows.norm[flat + j]), mean = set1(rows.mean[flat + j]),
+              drift = set1(rows.drift[flat + j]);
+    for (int c = 0; c < vectors; ++c) {
+      float *pj = p + j * L + c * W, *dj = ds + j * L + c * W;
+      const Vec prob = exp(load(pj) - top) * norm;
+      store(pj, prob);
+      store(dj, prob * ((load(dj) - mean) - drift));
+    }
+  }
+}
+
+// Keys in the lanes, queries broadcast: dK and dV of L keys, summed over the heads that share them.
+template <class T> void dkv_tile(const AttentionArgs& a, int64_t item, float* scratch) {
+  const int64_t R = a.group(), D = a.D, n = a.key_tiles(), bg = item / n, b = bg / a.G, g = bg % a.G;
+  const int64_t first = folded(item % n, n) * L, offset = a.T - a.S;
+  const int keys = int(least(L, a.T - first)), vectors = (keys + W - 1) / W;
+  float *kt = scratch, *vt = kt + D * L, *dkt = vt + D * L, *dvt = dkt + D * L, *p = dvt + D * L,
+        *ds = p + NB * L, *q_space = ds + NB * L, *do_space = q_space + NB * a.padded();
+  if (keys < L) clear(kt, 2 * D * L);
+  clear(dkt, 2 * D * L);
+  for (int lane = 0; lane < keys; ++lane) {
+    transpose_in(at<T>(a.k, b, g, first + lane), kt, lane, D);
+    transpose_in(at<T>(a.v, b, g, first + lane), vt, lane, D);
+  }
+  const int64_t start = a.causal ? most(0, first - offset) : 0;  // the first query that sees a key
+  for (int64_t h = g * R; h < (g + 1) * R; ++h)
+    for (int64_t i = start; i < a.S; i += NB) {
+      const int64_t count = least(NB, a.S - i);
+      const Rows q = stage(at<T>(a.q, b, h, i), a.q.row, count, D, q_space);
+      const Rows dout = stage(at<T>(a.dout, b, h, i), a.dout.row, count, D, do_space);
+      gemm<true, SET>(q.data, q.stride, kt, p, count, D, vectors, {a.scale});
+      gemm_in_parts(dout.data, dout.stride, vt, ds, count, D, vectors);
+      if (a.causal)
+        for (int64_t r = 0; r < count; ++r)
+          for (int64_t lane = most(0, i + r + offset + 1 - first); lane < keys; ++lane) p[r * L + lane] = -INF;
+      score_gradient(p, ds, count, vectors, a.rows, (b * a.H + h) * a.S + i);
+      gemm<false, ADD>(q.data, q.stride, ds, dkt, D, count, vectors);
+      gemm<false, ADD>(dout.data, dout.stride, p, dvt, D, count, vectors);
+    }
+  for (int lane = 0; lane < keys; ++lane) {
+    transpose_out(dkt, at<T>(a.dk, b, g, first + lane), lane, D, a.scale, q_space);
+    transpose_out(dvt, at<T>(a.dv, b, g, first + lane), lane, D, 1.f, q_space);
+  }
+}
+
+}  // namespace
+
+void attention_dq(const AttentionArgs& a, float* scratch, int64_t begin, int64_t end) {
+  TW_FOR_DTYPE(a.dtype, T, for (int64_t i = begin; i < end; ++i) dq_tile<T>(a, i, scratch));
+}
+
+void attention_dkv(const AttentionArgs& a, float* scratch, int64_t begin, int64_t end) {
+  TW_FOR_DTYPE(a.dtype, T, for (int64_t i = begin; i < end; ++i) dkv_tile<T>(a, i, scratch));
+}
+
+}  // namespace tilewright::cpu::TW_ISA

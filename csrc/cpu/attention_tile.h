@@ -1,0 +1,196 @@
+// What the blocked attention kernels, forward and backward, are made of.
+//
+// They keep one side of the score matrix in vector lanes and broadcast the other:
+// S^T[j, lanes] = sum_d K[j, d] Q^T[d, lanes].  Only the lane side is transposed, once a tile; the
+// softmax is vertical, with no reduction across lanes; and K and V are read as they lie.
+#pragma once
+#include "attention.h"
+
+#include "simd.h"
+
+namespace tilewright::cpu::TW_ISA {
+
+// beside load(const bf16*) and the like, or it would hide them
+TW_INLINE Vec load(float* p) { return load(static_cast<const float*>(p)); }
+
+namespace {
+
+constexpr int L = ATTENTION_LANES, NB = ATTENTION_BLOCK;
+constexpr float LOWEST = -3.402823466e38f;  // a running maximum that -inf minus it is not nan
+constexpr float INF = __builtin_inff();
+
+// Register tile: MR broadcasts x NV vectors of accumulators fill 24 of AVX-512's 32 registers, 12
+// of AVX2's 16.
+#if defined(__AVX512F__)
+constexpr int MR = 8, NV = 3;
+#else
+constexpr int MR = 4, NV = 3;
+#endif
+
+TW_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+TW_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// a * b + c, rounded once.  The scalar level's fma rounds twice, and what a score of 1000 is off by,
+// its probability is off by a thousandfold.
+TW_INLINE Vec mul_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX2__)
+  return fma(a, b, c);
+#elif defined(__FP_FAST_FMAF)
+  return {__builtin_fmaf(a.v, b.v, c.v)};
+#else
+  return {float(double(a.v) * double(b.v) + double(c.v))};
+#endif
+}
+
+template <class T> TW_INLINE T* at(const AttentionView& x, int64_t b, int64_t h, int64_t row) {
+  return static_cast<T*>(x.data) + b * x.batch + h * x.head + row * x.row;
+}
+
+// What becomes of C: factor * A B; C + A B; alpha * C + A B; alpha * C + beta * other + A B, where
+// alpha and beta are by lane.
+enum Mode { SET, ADD, RESCALE, SHIFT };
+struct Carry {
+  float factor = 1.f;
+  const float *alpha = nullptr, *beta = nullptr, *other = nullptr;
+};
+
+// A[i, k] is A[i * sa + k] where ALONG_K, else A[k * sa + i]; B and C have rows of L lanes, of which
+// those from `lane` on are met.  Each element is one chain over k, so the backward's two halves, which
+// swap A and B, compute the same scores to the last bit.
+template <int M_, int N_, bool ALONG_K, Mode MODE>
+TW_INLINE void micro(const float* A, int64_t sa, const float* B, float* C, int64_t K, int64_t from, int lane,
+                     const Carry& carry) {
+  Vec acc[M_][N_];
+#pragma GCC unroll 8
+  for (int i = 0; i < M_; ++i)
+#pragma GCC unroll 3
+    for (int n = 0; n < N_; ++n) acc[i][n] = set1(0.f);
+  for (int64_t k = 0; k < K; ++k) {
+    Vec b[N_];
+#pragma GCC unroll 3
+    for (int n = 0; n < N_; ++n) b[n] = load(B + k * L + lane + n * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < M_; ++i) {
+      const Vec a = set1(ALONG_K ? A[(from + i) * sa + k] : A[k * sa + from + i]);
+#pragma GCC unroll 3
+      for (int n = 0; n < N_; ++n) acc[i][n] = mul_add(a, b[n], acc[i][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M_; ++i)
+#pragma GCC unroll 3
+    for (int n = 0; n < N_; ++n) {
+      const int64_t at = (from + i) * L + lane + n * W;
+      // meeting C only now sums in blocks, whose error grows slower than one long chain's
+      if (MODE == SET) acc[i][n] = acc[i][n] * set1(carry.factor);
+      if (MODE == ADD) acc[i][n] = load(C + at) + acc[i][n];
+      if (MODE == SHIFT) acc[i][n] = fma(load(carry.other + at), load(carry.beta + lane + n * W), acc[i][n]);
+      if (MODE == RESCALE || MODE == SHIFT)
+        acc[i][n] = fma(load(C + at), load(carry.alpha + lane + n * W), acc[i][n]);
+      store(C + at, acc[i][n]);
+    }
+}
+
+template <int N_, bool ALONG_K, Mode MODE>
+void panel(const float* A, int64_t sa, const float* B, float* C, int64_t M, int64_t K, int lane, const Carry& carry) {
+  int64_t i = 0;
+  for (; i + MR <= M; i += MR) micro<MR, N_, ALONG_K, MODE>(A, sa, B, C, K, i, lane, carry);
+  if (MR > 4 && i + 4 <= M) {
+    micro<4, N_, ALONG_K, MODE>(A, sa, B, C, K, i, lane, carry);
+    i += 4;
+  }
+  if (i + 2 <= M) {
+    micro<2, N_, ALONG_K, MODE>(A, sa, B, C, K, i, lane, carry);
+    i += 2;
+  }
+  if (i < M) micro<1, N_, ALONG_K, MODE>(A, sa, B, C, K, i, lane, carry);
+}
+
+// C [M, lanes] from A [M, K] and B [K, lanes], for the first `vectors` vectors of lanes.
+template <bool ALONG_K, Mode MODE>
+void gemm(const float* A, int64_t sa, const float* B, float* C, int64_t M, int64_t K, int vectors,
+          const Carry& carry = {}) {
+  int n = 0;
+  for (; n + NV <= vectors; n += NV) panel<NV, ALONG_K, MODE>(A, sa, B, C, M, K, n * W, carry);
+  if (vectors - n == 2) panel<2, ALONG_K, MODE>(A, sa, B, C, M, K, n * W, carry);
+  if (vectors - n == 1) panel<1, ALONG_K, MODE>(A, sa, B, C, M, K, n * W, carry);
+}
+
+constexpr int64_t SHORT = 16;
+
+// C = A B [M, lanes] over K in parts: what differs by little, as dP from its mean, cannot afford the
+// error of one chain, twice a dot product's with W partial sums.
+TW_INLINE void gemm_in_parts(const float* A, int64_t sa, const float* B, float* C, int64_t M, int64_t K, int vectors) {
+  gemm<true, SET>(A, sa, B, C, M, least(K, SHORT), vectors);
+  for (int64_t k = SHORT; k < K; k += SHORT) gemm<true, ADD>(A + k, sa, B + k * L, C, M, least(K - k, SHORT), vectors);
+}
+
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+template <class T> TW_INLINE void convert(const T* from, float* to, int64_t D) {
+  int64_t d = 0;
+  for (; d + W <= D; d += W) store(to + d, load(from + d));
+  for (; d < D; ++d) to[d] = to_float(from[d]);
+}
+
+// `count` rows as float32: converted into `space`, or where they lie.
+template <class T> Rows stage(const T* from, int64_t stride, int64_t count, int64_t D, float* space) {
+  for (int64_t j = 0; j < count; ++j) convert(from + j * stride, space + j * D, D);
+  return {space, D};
+}
+Rows stage(const float* from, int64_t stride, int64_t count, int64_t D, float* space) {
+  // far-apart rows are copied: at a stride of whole pages they would share a few cache sets
+  return stride <= 2 * D ? Rows{from, stride} : stage<float>(from, stride, count, D, space);
+}
+
+// Column `lane` of to [D, L] = from.
+template <class T> TW_INLINE void transpose_in(const T* from, float* to, int lane, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) to[d * L + lane] = to_float(from[d]);
+}
+template <class T>
+TW_INLINE void transpose_out(const float* from, T* to, int lane, int64_t D, float factor, float* space) {
+  for (int64_t d = 0; d < D; ++d) space[d] = from[d * L + lane] * factor;
+  int64_t d = 0;
+  for (; d + W <= D; d += W) store(to + d, load(space + d));
+  for (; d < D; ++d) to[d] = from_float<T>(space[d]);
+}
+TW_INLINE void clear(float* p, int64_t n) { __builtin_memset(p, 0, size_t(n) * sizeof(float)); }
+
+// Under a causal mask a contiguous range of tiles costs as much as any other when cheap and dear
+// ones alternate: 0, n-1, 1, n-2, ...
+TW_INLINE int64_t folded(int64_t t, int64_t n) { return t % 2 ? n - 1 - t / 2 : t / 2; }
+
+// The rows of one tile: which kv head, which flattened rows, which keys they see.
+struct Tile {
+  int64_t b, g, first, offset, keys;
+  int rows, vectors;
+};
+
+TW_INLINE Tile row_tile(const AttentionArgs& a, int64_t item) {
+  const int64_t R = a.group(), n = a.row_tiles(), t = folded(item % n, n), bg = item / n;
+  Tile x;
+  x.b = bg / a.G;
+  x.g = bg % a.G;
+  x.first = t * L;
+  x.rows = int(least(L, a.S * R - x.first));
+  x.vectors = (x.rows + W - 1) / W;
+  x.offset = a.T - a.S;
+  const int64_t last = (x.first + x.rows - 1) / R;
+  x.keys = a.causal ? most(0, least(a.T, last + x.offset + 1)) : a.T;
+  return x;
+}
+
+// Scores [count, L] of keys from j0 on: -inf where a row may not look.  Rows are in query order, so
+// what key j hides from is a prefix of the lanes.
+TW_INLINE void mask_prefix(float* scores, int64_t j0, int64_t count, const Tile& x, int64_t R) {
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t hidden = least(L, (j0 + j - x.offset) * R - x.first);
+    for (int64_t lane = 0; lane < hidden; ++lane) scores[j * L + lane] = -INF;
+  }
+}
+
+}  // namespace
+}  // namespace tilewright::cpu::TW_ISA

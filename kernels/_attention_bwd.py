@@ -1,0 +1,267 @@
+"""Attention's backward:  dP = dout vᵀ, dS = P (dP - rowsum(P dP)), dq = scale dS k, dk = scale dSᵀ q,
+dv = Pᵀ dout.
+
+Dao 2023, arXiv:2307.08691, algorithm 2, with no atomics: one kernel owns dq's rows, another those of
+dk and dv.  There P = e^(s - lse) and rowsum(P dP) = rowsum(dout out), both rounded: at scores of
+1000 lse is off by 3e-5 and P with it, and where one probability is near 1, all that is left of dS is
+the rounding.  Here the dq kernel finds the statistics of a row again, as it goes: m, the maximum
+score (base 2); norm = 1 / sum of p = 2^(s - m); mean, near dP's mean under P, from which dP is
+measured; drift, what the mean is off by.  Shapes and WIDE are attention.py's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._tile import (
+    LOG2E,
+    LOWEST,
+    config,
+    dense_rows,
+    divisor,
+    heads_last,
+    load_rows,
+    signature,
+    spans,
+    store_rows,
+    visible,
+)
+
+
+@triton.jit
+def _still(rows, S, T, CAUSAL: tl.constexpr):
+    """Rows that see one key at most: P = 1 whatever the score, which dP - mean only approaches."""
+    return (rows + T - S <= 0) if CAUSAL else (rows * 0 + T <= 1)
+
+
+@triton.jit
+def _dq_step(
+    dq, pk, m, l, mean, excess, q, dout,
+    k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, factor,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One block of keys into the sums of ds k and p k, and the rows' statistics."""
+    cols = start + tl.arange(0, BLOCK_N)
+    k = load_rows(k_ptr, cols, stride_kt, T, HEAD_DIM, BLOCK_D, WIDE)
+    v = load_rows(v_ptr, cols, stride_vt, T, HEAD_DIM, BLOCK_D, WIDE)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
+    if MASK:
+        s = tl.where(visible(rows[:, None], cols[None, :], S, T, CAUSAL), s, -float("inf"))
+    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    top = tl.maximum(m, tl.max(s, 1))
+    p = tl.exp2(s - top[:, None])
+    alpha = tl.exp2(m - top)
+    kept = l * alpha
+    total = kept + tl.sum(p, 1)
+    # a row that saw nothing yet has total 0, and mean 0
+    now = (mean * kept + tl.sum(p * dp, 1)) / tl.where(total == 0, 1.0, total)
+    ds = p * (dp - now[:, None])
+    shift = now - mean
+    excess = excess * alpha - shift * kept + tl.sum(ds, 1)
+    dq = dq * alpha[:, None] - pk * (shift * alpha)[:, None]
+    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    pk = tl.dot(p.to(k.dtype), k, pk * alpha[:, None], input_precision="ieee")
+    return dq, pk, top, total, now, excess
+
+
+@triton.jit
+def _attention_dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    H, S, T, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq of BLOCK_M queries, and the statistics of their rows for the dk, dv kernel."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h // GROUP * stride_kh
+    v_ptr += b * stride_vb + h // GROUP * stride_vh
+    base = (b * S * H + h) * HEAD_DIM  # dout and dq lie as [B, S, H, D]
+    rows = first + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr, rows, stride_qs, S, HEAD_DIM, BLOCK_D, WIDE)
+    dout = load_rows(dout_ptr + base, rows, H * HEAD_DIM, S, HEAD_DIM, BLOCK_D, WIDE)
+    factor = scale * LOG2E
+
+    m = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    excess = tl.zeros((BLOCK_M,), tl.float32)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    pk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    whole, end = spans(first, S, T, CAUSAL, BLOCK_M, BLOCK_N)
+    for start in range(0, whole, BLOCK_N):
+        dq, pk, m, l, mean, excess = _dq_step(
+            dq, pk, m, l, mean, excess, q, dout,
+            k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, factor,
+            HEAD_DIM, CAUSAL, False, WIDE, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    for start in range(whole, end, BLOCK_N):
+        dq, pk, m, l, mean, excess = _dq_step(
+            dq, pk, m, l, mean, excess, q, dout,
+            k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, factor,
+            HEAD_DIM, CAUSAL, True, WIDE, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+
+    norm = 1.0 / divisor(l, rows, S, T, CAUSAL)
+    drift = excess * norm
+    dq = (dq - drift[:, None] * pk) * tl.where(_still(rows, S, T, CAUSAL), 0.0, scale * norm)[
+        :, None
+    ]
+    store_rows(
+        dq_ptr + base, dq.to(dq_ptr.dtype.element_ty), rows, H * HEAD_DIM, S, HEAD_DIM, BLOCK_D
+    )
+    stats_ptr += bh * 4 * S + rows
+    tl.store(stats_ptr, m, mask=rows < S)
+    tl.store(stats_ptr + S, norm, mask=rows < S)
+    tl.store(stats_ptr + 2 * S, mean, mask=rows < S)
+    tl.store(stats_ptr + 3 * S, drift, mask=rows < S)
+
+
+@triton.jit
+def _dkv_step(
+    dk, dv, k, v, q_ptr, dout_ptr, stats_ptr,
+    stride_qs, stride_dos, cols, start, S, T, factor,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One block of queries into dk and dv; scores are transposed, [keys, queries]."""
+    rows = start + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr, rows, stride_qs, S, HEAD_DIM, BLOCK_D, WIDE)
+    dout = load_rows(dout_ptr, rows, stride_dos, S, HEAD_DIM, BLOCK_D, WIDE)
+    stats_ptr += rows
+    m = tl.load(stats_ptr, mask=rows < S, other=0.0)
+    norm = tl.load(stats_ptr + S, mask=rows < S, other=0.0)
+    mean = tl.load(stats_ptr + 2 * S, mask=rows < S, other=0.0)
+    drift = tl.load(stats_ptr + 3 * S, mask=rows < S, other=0.0)
+    s = tl.dot(k, tl.trans(q), input_precision="ieee") * factor
+    if MASK:
+        s = tl.where(visible(rows[None, :], cols[:, None], S, T, CAUSAL), s, -float("inf"))
+    p = tl.exp2(s - m[None, :]) * norm[None, :]
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    ds = p * ((dp - mean[None, :]) - drift[None, :])
+    ds = tl.where(_still(rows, S, T, CAUSAL)[None, :], 0.0, ds)
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def _attention_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    G, S, T, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BLOCK_N keys, summed in turn over the GROUP heads that share them."""
+    first = tl.program_id(0) * BLOCK_N
+    bg = tl.program_id(1).to(tl.int64)
+    b, g = bg // G, bg % G
+    H = G * GROUP
+    cols = first + tl.arange(0, BLOCK_N)
+    k = load_rows(
+        k_ptr + b * stride_kb + g * stride_kh, cols, stride_kt, T, HEAD_DIM, BLOCK_D, WIDE
+    )
+    v = load_rows(
+        v_ptr + b * stride_vb + g * stride_vh, cols, stride_vt, T, HEAD_DIM, BLOCK_D, WIDE
+    )
+    factor = scale * LOG2E
+
+    # queries from `begin` see a key of this block, from `clear` on all of them
+    begin, clear = 0, 0
+    if CAUSAL:
+        begin = max(first - (T - S), 0) // BLOCK_M * BLOCK_M
+        clear = max(first + BLOCK_N - 1 - (T - S), 0)
+        clear = min(max((clear + BLOCK_M - 1) // BLOCK_M * BLOCK_M, begin), S)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for r in range(GROUP):
+        h = g * GROUP + r
+        q_h = q_ptr + b * stride_qb + h * stride_qh
+        dout_h = dout_ptr + (b * S * H + h) * HEAD_DIM
+        stats = stats_ptr + (b * H + h) * 4 * S
+        for start in range(begin, clear, BLOCK_M):
+            dk, dv = _dkv_step(
+                dk, dv, k, v, q_h, dout_h, stats,
+                stride_qs, H * HEAD_DIM, cols, start, S, T, factor,
+                HEAD_DIM, CAUSAL, True, WIDE, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+        # keys beyond T are never stored, so this loop needs no mask
+        for start in range(max(begin, clear), S, BLOCK_M):
+            dk, dv = _dkv_step(
+                dk, dv, k, v, q_h, dout_h, stats,
+                stride_qs, H * HEAD_DIM, cols, start, S, T, factor,
+                HEAD_DIM, CAUSAL, False, WIDE, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+
+    base = (b * T * G + g) * HEAD_DIM  # dk and dv lie as [B, T, G, D]
+    dk = (dk * scale).to(dk_ptr.dtype.element_ty)
+    store_rows(dk_ptr + base, dk, cols, G * HEAD_DIM, T, HEAD_DIM, BLOCK_D)
+    store_rows(
+        dv_ptr + base, dv.to(dv_ptr.dtype.element_ty), cols, G * HEAD_DIM, T, HEAD_DIM, BLOCK_D
+    )
+
+
+# BLOCK_M, BLOCK_N, num_warps, num_stages by padded head dim: the largest that spill on no chip
+_DQ = {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)}
+_DQ_FLOAT32 = {64: (32, 16, 8, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)}
+_DKV = {64: (32, 64, 8, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)}
+_DKV_FLOAT32 = {64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)}
+
+
+def _tables(dtype: torch.dtype) -> tuple[dict, dict]:
+    return (_DQ_FLOAT32, _DKV_FLOAT32) if dtype == torch.float32 else (_DQ, _DKV)
+
+
+def attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients dq [B, H, S, D], dk, dv [B, G, T, D], lying as [B, S, H, D] and [B, T, G, D]."""
+    (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    dout = dout.transpose(1, 2).contiguous()
+    dq, dk, dv = heads_last(q), heads_last(k), heads_last(k)
+    stats = q.new_empty(B, H, 4, S, dtype=torch.float32)
+    fixed = {
+        "GROUP": H // G,
+        "HEAD_DIM": D,
+        "CAUSAL": causal,
+        "WIDE": triton.knobs.runtime.interpret,
+    }
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    dq_table, dkv_table = _tables(q.dtype)
+    if dq.numel():
+        blocks, options = config(dq_table, D)
+        _attention_dq_kernel[(triton.cdiv(S, blocks["BLOCK_M"]), B * H)](
+            q, k, v, dout, stats, dq, *strides, H, S, T, scale, **fixed, **blocks, **options
+        )
+    if dk.numel():
+        blocks, options = config(dkv_table, D)
+        _attention_dkv_kernel[(triton.cdiv(T, blocks["BLOCK_N"]), B * G)](
+            q, k, v, dout, stats, dk, dv, *strides, G, S, T, scale, **fixed, **blocks, **options
+        )
+    return dq, dk, dv
+
+
+def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
+    """(kernel, signature, constexprs, options) of every shipped configuration."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = dict.fromkeys(("q", "k", "v", "dout"), dtype) | {"stats": torch.float32}
+        for D in (64, 128, 256):
+            (dq_blocks, dq_options), (dkv_blocks, dkv_options) = (
+                config(table, D) for table in _tables(dtype)
+            )
+            fixed = {"GROUP": 4, "HEAD_DIM": D, "CAUSAL": True, "WIDE": False}
+            dq = signature(inputs | {"dq": dtype})
+            dkv = signature(inputs | {"dk": dtype, "dv": dtype}, "G")
+            found += [
+                (_attention_dq_kernel, dq, fixed | dq_blocks, dq_options),
+                (_attention_dkv_kernel, dkv, fixed | dkv_blocks, dkv_options),
+            ]
+    return found
