@@ -155,6 +155,33 @@ def test_the_process_itself_exits_2_without_a_traceback():
     assert done.stderr == "tilewright: --model: no file or folder nowhere.gguf\n"
 
 
+def test_an_unknown_instruction_set_is_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "tilewright.cli", "generate", "hi", "--model", str(smollm2())],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TILEWRIGHT_CPU_ISA": "avx1024"},
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("tilewright: TILEWRIGHT_CPU_ISA: 'avx1024' is not a level")
+
+
+def test_a_chat_prompt_has_one_begin_token(capsys, monkeypatch):
+    from tilewright.models._tokenizer import Tokenizer
+
+    asked = []
+    encode = Tokenizer.encode
+
+    def spy(self, text, *, special=True):
+        asked.append(special)
+        return encode(self, text, special=special)
+
+    monkeypatch.setattr(Tokenizer, "encode", spy)
+    answer(capsys), answer(capsys, "--raw")
+    # the chat template writes its own begin token, raw text has none
+    assert asked == [False, True]
+
+
 def test_a_reader_that_goes_away_is_no_traceback():
     reading, writing = os.pipe()
     os.close(reading)

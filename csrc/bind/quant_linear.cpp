@@ -1,7 +1,9 @@
 // tilewright::linear_int4, linear_int8 and their input gradients on the CPU.
 #include "../cpu/quant_linear.h"
 
-#include "common.h"
+#include <ATen/autocast_mode.h>
+
+#include "direct.h"
 
 namespace tilewright {
 namespace {
@@ -48,8 +50,22 @@ Held hold(const char* op, int bits, const Tensor& qweight, const Tensor& scales,
   return w;
 }
 
-// x [M, K] as float32 rows, converted where it is not.
+// x as contiguous float32 rows, converted where it is not.
 Tensor as_float(const Tensor& x) { return x.to(at::kFloat).contiguous(); }
+
+// A tensor like x [..., K] with `columns` for its last dimension.
+Tensor with_columns(const Tensor& x, int64_t columns) {
+  at::DimVector sizes(x.sizes());
+  sizes.back() = columns;
+  return at::empty(sizes, x.options());
+}
+
+// How many rows x [..., K] has, also where K is 0.
+int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  return rows;
+}
 
 constexpr int64_t SERIAL = 1 << 14;  // weights below which a fork costs more than it saves
 
@@ -69,7 +85,7 @@ Tensor linear(const char* op, int bits, const Tensor& x_in, const Tensor& qweigh
               const OptTensor& bias_in, c10::string_view activations) {
   const Held held = hold(op, bits, qweight, scales, zeros, minima);
   const cpu::QuantWeight& w = held.view;
-  TORCH_CHECK_VALUE(x_in.dim() == 2 && x_in.size(1) == w.K, op, ": x ", x_in.sizes(),
+  TORCH_CHECK_VALUE(x_in.dim() >= 1 && x_in.size(-1) == w.K, op, ": x ", x_in.sizes(),
                     " does not fit a weight of ", w.K, " columns");
   const bool integer = activations == "int8";
   TORCH_CHECK_VALUE(integer || activations == "float", op,
@@ -84,10 +100,10 @@ Tensor linear(const char* op, int bits, const Tensor& x_in, const Tensor& qweigh
     bias = bias_in->contiguous();
   }
   const void* bias_ptr = bias_in ? bias.const_data_ptr() : nullptr;
-  const int64_t M = x_in.size(0);
-  Tensor y = at::empty({M, w.N}, x_in.options());
+  const int64_t M = rows_of(x_in);
+  Tensor y = with_columns(x_in, w.N);
   if (M == 0 || w.N == 0) return y;
-  if (w.K == 0) return bias_in ? y.copy_(bias.expand({M, w.N})) : y.zero_();
+  if (w.K == 0) return bias_in ? y.copy_(bias.expand(y.sizes())) : y.zero_();
   const Tensor x = x_in.contiguous();
   const char* x_ptr = static_cast<const char*>(x.const_data_ptr());
   const int64_t x_bytes = w.K * x.element_size(), pad = cpu::padded(w.K);
@@ -179,11 +195,11 @@ Tensor dgrad(const char* op, int bits, const Tensor& dy_in, const Tensor& qweigh
              const Tensor& scales, const OptTensor& zeros, const OptTensor& minima) {
   const Held held = hold(op, bits, qweight, scales, zeros, minima);
   const cpu::QuantWeight& w = held.view;
-  TORCH_CHECK_VALUE(dy_in.dim() == 2 && dy_in.size(1) == w.N, op, ": dy ", dy_in.sizes(),
+  TORCH_CHECK_VALUE(dy_in.dim() >= 1 && dy_in.size(-1) == w.N, op, ": dy ", dy_in.sizes(),
                     " does not fit a weight of ", w.N, " rows");
   const cpu::DType dtype = dtype_of(dy_in, op, "dy");
-  const int64_t M = dy_in.size(0);
-  Tensor dx = at::empty({M, w.K}, dy_in.options());
+  const int64_t M = rows_of(dy_in);
+  Tensor dx = with_columns(dy_in, w.K);
   if (M == 0 || w.K == 0) return dx;
   if (w.N == 0) return dx.zero_();
   const Tensor dy = as_float(dy_in);
@@ -217,6 +233,74 @@ Tensor linear_int8_dgrad(const Tensor& dy, const Tensor& q, const Tensor& s, con
                          const OptTensor& m) {
   return dgrad("linear_int8_dgrad", 8, dy, q, s, z, m);
 }
+
+using Linear = decltype(linear_int4);
+using Dgrad = decltype(linear_int4_dgrad);
+
+const c10::TypedOperatorHandle<Linear>& linear_operator(int64_t bits) {
+  static const auto four = operator_of("linear_int4", &linear_int4);
+  static const auto eight = operator_of("linear_int8", &linear_int8);
+  return bits == 4 ? four : eight;
+}
+const c10::TypedOperatorHandle<Dgrad>& dgrad_operator(int64_t bits) {
+  static const auto four = operator_of("linear_int4_dgrad", &linear_int4_dgrad);
+  static const auto eight = operator_of("linear_int8_dgrad", &linear_int8_dgrad);
+  return bits == 4 ? four : eight;
+}
+
+struct QuantLinear : torch::autograd::Function<QuantLinear> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptTensor& bias,
+                        const Tensor& qweight, const Tensor& scales, const OptTensor& zeros,
+                        const OptTensor& minima, int64_t bits, c10::string_view activations) {
+    ctx->save_for_backward(
+        {qweight, scales, zeros.value_or(Tensor()), minima.value_or(Tensor())});
+    ctx->saved_data["bits"] = bits;
+    at::AutoDispatchBelowADInplaceOrView below;
+    return linear_operator(bits).call(x, qweight, scales, zeros, minima, bias, activations);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
+    return once_differentiable(dys, [&]() -> variable_list {
+      const variable_list saved = ctx->get_saved_variables();
+      const Tensor& dy = dys[0];
+      variable_list grads(8);
+      if (ctx->needs_input_grad(0))
+        grads[0] = dgrad_operator(ctx->saved_data["bits"].toInt())
+                       .call(dy, saved[0], saved[1], defined_or_none(saved[2]),
+                             defined_or_none(saved[3]));
+      if (ctx->needs_input_grad(1)) grads[1] = dy.reshape({-1, dy.size(-1)}).sum(0);
+      return grads;
+    });
+  }
+};
+
+// A weight as QuantTensor checks it; what is the caller's to get wrong is checked here.
+std::optional<Tensor> direct(pybind11::handle x_object, pybind11::handle bias_object,
+                             pybind11::handle qweight_object, pybind11::handle scales_object,
+                             pybind11::handle zeros_object, pybind11::handle minima_object,
+                             int64_t bits, c10::string_view activations) {
+  const Tensor *x = plain_floats(x_object), *bias = plain_floats(bias_object),
+               *qweight = plain_tensor(qweight_object), *scales = plain_floats(scales_object),
+               *zeros = plain_floats(zeros_object), *minima = plain_floats(minima_object);
+  if (x == nullptr || qweight == nullptr || scales == nullptr || x->dim() == 0 ||
+      x->size(-1) != qweight->size(1) * (8 / bits))
+    return std::nullopt;
+  const bool fits =
+      (bias == nullptr ? bias_object.is_none()
+                       : bias->dim() == 1 && bias->size(0) == qweight->size(0) &&
+                             bias->scalar_type() == x->scalar_type()) &&
+      (zeros != nullptr || zeros_object.is_none()) &&
+      (minima != nullptr || minima_object.is_none()) &&
+      (activations == "float" || activations == "int8");
+  if (!fits || !undisturbed() || at::autocast::is_autocast_enabled(at::kCPU)) return std::nullopt;
+  const pybind11::gil_scoped_release unlocked;
+  const auto b = optional_of(bias), z = optional_of(zeros), m = optional_of(minima);
+  if (records(*x, b))
+    return QuantLinear::apply(*x, b, *qweight, *scales, z, m, bits, activations);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return linear_operator(bits).call(*x, *qweight, *scales, z, m, b, activations);
+}
+
+const Entry entry([](pybind11::module_& m) { m.def("quant_linear", &direct); });
 
 }  // namespace
 

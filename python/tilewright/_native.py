@@ -34,11 +34,20 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"could not be loaded: {error}"
 
 
-C, status = _load()
+def _at_level(build: ModuleType | None, level: str | None) -> str | None:
+    """Run `build` at this instruction-set level; what is wrong with it, if it cannot be had."""
+    try:
+        if build is not None and level:
+            build.set_isa(level)
+    except ValueError as error:
+        return str(error)
+    return None
 
-_wanted = os.environ.get("TILEWRIGHT_CPU_ISA")
-if C is not None and _wanted:
-    C.set_isa(_wanted)  # ValueError names the levels this machine has
+
+C, status = _load()
+# an unknown TILEWRIGHT_CPU_ISA: every op on the CPU says so, and the import still succeeds, so that
+# `doctor` can tell and the command line need not end in a traceback
+fault = _at_level(C, os.environ.get("TILEWRIGHT_CPU_ISA"))
 
 
 def cpu_isa() -> str | None:

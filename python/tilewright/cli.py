@@ -97,8 +97,11 @@ def _load_bar() -> Iterator[Callable[[int, int], None]]:
 def _load(
     path: Path, dtype: DType | None, device: str | None, activations: Activations, **kwargs: Any
 ) -> Any:
+    from tilewright import _native
     from tilewright.models.llama import Llama
 
+    if _native.fault is not None:
+        raise ValueError(_native.fault)
     if not path.exists():
         raise FileNotFoundError(f"--model: no file or folder {path}")
     wanted = None if dtype is None else getattr(torch, dtype.value)
@@ -157,7 +160,7 @@ def generate(
         sys.stdout.flush()
 
     result = llama.generate(
-        tokenizer.encode(text),
+        tokenizer.encode(text, special=raw),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,

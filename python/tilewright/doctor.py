@@ -46,6 +46,8 @@ def _fault(fault: str, fix: str) -> dict[str, str]:
 
 
 def _extension_faults() -> list[dict[str, str]]:
+    if _native.fault is not None:
+        return [_fault(_native.fault, "unset TILEWRIGHT_CPU_ISA, or give a level of this machine")]
     if _native.C is not None or _native.INTERPRET:
         return []
     compiler = os.environ.get("CXX", "g++")

@@ -89,7 +89,8 @@ def verify(path: Path, *, tokens: int = 256, threads: int | None = None) -> dict
         batch = torch.tensor([ids])
         expected, found = theirs(batch).logits[0].float(), ours(batch)[0].float()
         prompts = [
-            tokenizer.encode(tokenizer.chat([{"role": "user", "content": p}])) for p in PROMPTS
+            tokenizer.encode(tokenizer.chat([{"role": "user", "content": p}]), special=False)
+            for p in PROMPTS
         ]
         same = [
             ours.generate(p, max_new_tokens=NEW_TOKENS, ignore_eos=True).tokens

@@ -9,10 +9,9 @@ B batch, S new positions, T positions so far, L layers, H query heads, G kv head
 E model dim, V vocabulary.
 """
 
-import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,14 @@ import torch
 from torch import Tensor
 
 from tilewright import nn, ops
-from tilewright.models._rope import Rope, RopeTables
+from tilewright.models._config import LlamaConfig
+from tilewright.models._rope import RopeTables
 from tilewright.models._sampling import Sampler
-from tilewright.models._tokenizer import TextStream, Tokenizer, read_json
+from tilewright.models._tokenizer import TextStream, Tokenizer
 from tilewright.models._weights import GGUF, Folder
 from tilewright.quant.gguf import GGUFFile
 from tilewright.quant_tensor import QuantTensor
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -45,141 +44,6 @@ GGUF_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes of a Llama; `context` is the most positions it takes, eos the ids that end a text.
-
-    Raises ValueError where the sizes do not fit each other.
-    """
-
-    layers: int
-    hidden_size: int
-    ffn_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    norm_eps: float
-    context: int
-    rope: Rope
-    qk_norm: bool = False
-    eos: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in (
-            "layers",
-            "hidden_size",
-            "ffn_size",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "vocab_size",
-            "context",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"llama: {name} must be 1 or more, not {getattr(self, name)}")
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"llama: {self.heads} heads do not divide into {self.kv_heads} kv heads"
-            )
-        if self.rope.dim > self.head_dim:
-            raise ValueError(f"llama: rope dim {self.rope.dim} is above head dim {self.head_dim}")
-
-    @classmethod
-    def from_folder(cls, config: Mapping[str, Any], path: Path) -> "LlamaConfig":
-        """From a Hugging Face config.json."""
-        kind = config.get("model_type")
-        if kind not in MODEL_TYPES:
-            known = ", ".join(MODEL_TYPES)
-            raise ValueError(f"{path}: unknown architecture {kind!r}; known are {known}")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"{path}: hidden_act {config['hidden_act']!r} is not silu")
-        if config.get("quantization_config"):
-            raise ValueError(f"{path}: quantization_config is not read yet; use a GGUF")
-        try:
-            heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-            head_dim = int(config.get("head_dim") or hidden // max(heads, 1))
-            context, window = int(config["max_position_embeddings"]), config.get("sliding_window")
-            if window and config.get("use_sliding_window", kind == "mistral"):
-                context = min(context, int(window))  # up to here a window changes nothing
-            eos = config.get("eos_token_id")
-            if (path / "generation_config.json").is_file():
-                eos = read_json(path / "generation_config.json").get("eos_token_id", eos)
-            return cls(
-                layers=int(config["num_hidden_layers"]),
-                hidden_size=hidden,
-                ffn_size=int(config["intermediate_size"]),
-                heads=heads,
-                kv_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=head_dim,
-                vocab_size=int(config["vocab_size"]),
-                norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                context=context,
-                rope=Rope.from_config(config, head_dim),
-                qk_norm=kind == "qwen3",
-                eos=tuple(
-                    int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None
-                ),
-            )
-        except KeyError as error:
-            raise ValueError(f"{path / 'config.json'}: {error.args[0]} is missing") from error
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path / 'config.json'}: {error}") from error
-
-    @classmethod
-    def from_gguf(cls, file: GGUFFile) -> "LlamaConfig":
-        """From a GGUF's metadata."""
-        kind = file.metadata.get("general.architecture")
-        if kind not in MODEL_TYPES:
-            known = ", ".join(MODEL_TYPES)
-            raise ValueError(f"{file.path}: unknown architecture {kind!r}; known are {known}")
-
-        def get(name: str, default: Any = None) -> Any:
-            value = file.metadata.get(f"{kind}.{name}", default)
-            if value is None:
-                raise ValueError(f"{file.path}: metadata {kind}.{name} is missing")
-            return value
-
-        if get("expert_count", 0):
-            raise ValueError(f"{file.path}: a mixture of experts is not a Llama")
-        try:
-            heads, hidden = int(get("attention.head_count")), int(get("embedding_length"))
-            head_dim = int(get("attention.key_length", hidden // max(heads, 1)))
-            context = int(get("context_length"))
-            rule = str(get("rope.scaling.type", "default"))
-            divisors: tuple[float, ...] = ()
-            if "rope_freqs.weight" in file.tensors:
-                divisors = tuple(file.dense("rope_freqs.weight", torch.float32).tolist())
-            rope = Rope(
-                dim=int(get("rope.dimension_count", head_dim)),
-                theta=float(get("rope.freq_base", 10000.0)),
-                rule="default" if rule == "none" else rule,
-                context=context,
-                original_context=int(get("rope.scaling.original_context_length", context)),
-                factor=float(get("rope.scaling.factor", 1.0)),
-                divisors=divisors,
-            )
-            ends = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot"))
-            eos: list[Any] = [file.metadata.get(key) for key in ends]
-            return cls(
-                layers=int(get("block_count")),
-                hidden_size=hidden,
-                ffn_size=int(get("feed_forward_length")),
-                heads=heads,
-                kv_heads=int(get("attention.head_count_kv", heads)),
-                head_dim=head_dim,
-                vocab_size=math.prod(file.info("token_embd.weight").shape[:1]),
-                norm_eps=float(get("attention.layer_norm_rms_epsilon")),
-                context=context,
-                rope=rope,
-                qk_norm=kind == "qwen3",
-                eos=tuple(sorted({int(i) for i in eos if i is not None})),
-            )
-        except (TypeError, ValueError) as error:
-            told = str(error).removeprefix(f"{file.path}: ")
-            raise ValueError(f"{file.path}: {told}") from error
 
 
 class Cache:
@@ -253,7 +117,7 @@ class _Layer(torch.nn.Module):
             [f"{at}.self_attn.{n}_proj" for n in "qkv"], [q, kv, kv], c.hidden_size,
             [c.heads, c.kv_heads, 0],
         )  # fmt: skip
-        self.qk_norm: torch.nn.Parameter | None = None
+        self.register_parameter("qk_norm", None)
         if c.qk_norm:  # one norm's weight for every query head, another's for every key head
             norms = [source.tensor(f"{at}.self_attn.{n}_norm.weight", (c.head_dim,)) for n in "qk"]
             each = [norms[0].expand(c.heads, -1), norms[1].expand(c.kv_heads, -1)]
@@ -269,24 +133,29 @@ class _Layer(torch.nn.Module):
         self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
         """x [B, S, E], what the layer before adds to residual [B, S, E] -> the same two."""
+        # straight from the dictionaries: Module.__getattr__ costs a decode step 1 us a time, 180 times
+        parts: Any = self._modules
+        input_weight = parts["input_norm"]._parameters["weight"]
         if residual is None:
-            n, residual = ops.rms_norm(x, self.input_norm.weight, self.eps), x
+            n, residual = ops.rms_norm(x, input_weight, self.eps), x
         else:
-            n, residual = ops.add_rms_norm(x, residual, self.input_norm.weight, self.eps)
+            n, residual = ops.add_rms_norm(x, residual, input_weight, self.eps)
         B, S, _ = n.shape
         H, G = self.heads, self.kv_heads
-        qkv = self.qkv(n).view(B, S, H + 2 * G, self.head_dim).transpose(1, 2)
+        qkv = parts["qkv"](n).view(B, S, H + 2 * G, self.head_dim).transpose(1, 2)
         qk, v = qkv[:, : H + G], qkv[:, H + G :]
-        if self.qk_norm is not None:
-            qk = ops.rms_norm(qk, None, self.eps) * self.qk_norm
+        qk_weight = self._parameters["qk_norm"]
+        if qk_weight is not None:
+            qk = ops.rms_norm(qk, None, self.eps) * qk_weight
         qk = ops.rope(qk, cos, sin)
         q, k = qk[:, :H], qk[:, H:]
         if cache is not None:
             k, v = cache.store(self.index, k, v)
         a = ops.attention(q, k, v, causal=True, scale=self.scale)
-        x = self.o(a.transpose(1, 2).reshape(B, S, -1))
-        n, residual = ops.add_rms_norm(x, residual, self.post_norm.weight, self.eps)
-        return self.down(ops.swiglu(self.gate_up(n))), residual
+        x = parts["o"](a.transpose(1, 2).reshape(B, S, -1))
+        post_weight = parts["post_norm"]._parameters["weight"]
+        n, residual = ops.add_rms_norm(x, residual, post_weight, self.eps)
+        return parts["down"](ops.swiglu(parts["gate_up"](n))), residual
 
 
 class Llama(torch.nn.Module):

@@ -1,6 +1,6 @@
-"""quant_linear: validate, flatten to [M, K], tilewright::linear_int{4,8}, autograd for x and bias.
+"""quant_linear: validate, tilewright::linear_int{4,8}, autograd for x and bias.
 
-M rows (tokens), N output features, K input features, G groups in a row of the weight.
+N output features, K input features, G groups in a row of the weight.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ _ARGS = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? minima"
 
 
 def _fake(x: Tensor, qweight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape[0], qweight.shape[0])
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
 _linear = {
@@ -32,11 +32,14 @@ _dgrad = {
         "quant_linear",
         f"linear_int{bits}_dgrad(Tensor dy, {_ARGS}) -> Tensor",
         lambda dy, qweight, *_, codes=8 // bits: dy.new_empty(
-            dy.shape[0], qweight.shape[1] * codes
+            *dy.shape[:-1], qweight.shape[1] * codes
         ),
     )
     for bits in (4, 8)
 }
+
+
+_direct = _op.direct("quant_linear")
 
 
 class _QuantLinear(torch.autograd.Function):
@@ -53,7 +56,7 @@ class _QuantLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _dgrad[ctx.bits](dy, *ctx.saved_tensors)
         if ctx.needs_input_grad[5]:
-            dbias = dy.sum(0)
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
         return dx, None, None, None, None, dbias, None, None
 
 
@@ -69,22 +72,27 @@ def quant_linear(
     x and bias are cast as torch.nn.functional.linear's are.  Raises ValueError where a shape,
     dtype, device or option does not fit.
     """
-    device = x.device
-    if torch.is_autocast_enabled(device.type) and x.is_floating_point():
-        dtype = torch.get_autocast_dtype(device.type)
+    if _direct is not None and x.is_cpu and w.g_idx is None and not torch.compiler.is_compiling():
+        y = _direct(x, bias, w.qweight, w.scales, w.zeros, w.minima, w.bits, activations)
+        if y is not None:
+            return y
+    kind = _op.device_type(x)
+    if torch.is_autocast_enabled(kind) and x.is_floating_point():
+        dtype = torch.get_autocast_dtype(kind)
         if x.dtype != torch.float64:
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
     N, K = w.shape
-    shape = x.shape
-    if not shape or shape[-1] != K:
-        raise ValueError(f"quant_linear: x {list(shape)} does not fit a weight of shape {[N, K]}")
-    if device != w.qweight.device:
-        raise ValueError(f"quant_linear: x is on {device}, the weight on {w.qweight.device}")
-    if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype or bias.device != device):
+    if not x.dim() or x.shape[-1] != K:
+        raise ValueError(f"quant_linear: x {list(x.shape)} does not fit a weight of shape {[N, K]}")
+    if x.device != w.qweight.device:
+        raise ValueError(f"quant_linear: x is on {x.device}, the weight on {w.qweight.device}")
+    if bias is not None and (
+        bias.shape != (N,) or bias.dtype != x.dtype or bias.device != x.device
+    ):
         raise ValueError(
             f"quant_linear: bias {bias.dtype} {list(bias.shape)} on {bias.device} does not fit "
-            f"x {x.dtype} on {device} and a weight of shape {[N, K]}"
+            f"x {x.dtype} on {x.device} and a weight of shape {[N, K]}"
         )
     if activations not in _ACTIVATIONS:
         raise ValueError(
@@ -94,12 +102,8 @@ def quant_linear(
         if not x.is_floating_point():
             raise ValueError(f"quant_linear: x must be a floating dtype, not {x.dtype}")
         return _op.twin("quant_linear")(x, w, bias, activations=activations)
-    flat = len(shape) == 2
-    x_MK = x if flat else x.reshape(-1, K)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y = _QuantLinear.apply(
-            x_MK, w.qweight, w.scales, w.zeros, w.minima, bias, w.bits, activations
+        return _QuantLinear.apply(
+            x, w.qweight, w.scales, w.zeros, w.minima, bias, w.bits, activations
         )
-    else:
-        y = _linear[w.bits](x_MK, w.qweight, w.scales, w.zeros, w.minima, bias, activations)
-    return y if flat else y.view(*shape[:-1], N)
+    return _linear[w.bits](x, w.qweight, w.scales, w.zeros, w.minima, bias, activations)
