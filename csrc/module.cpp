@@ -1,4 +1,4 @@
-// The Python module `_C`: the build's facts, the instruction-set level, and the ops' direct entries.
+// The Python module `_C`: the build's facts, the instruction-set level, the ops' direct entries.
 // The operators reach torch through csrc/bind/, which registers them when this module is loaded.
 #include <pybind11/pybind11.h>
 

@@ -10,7 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tune import row_warps
-from .rms_norm import LOOP_BLOCK, TILE, WHOLE_FWD, bwd_rows, row_tile, rows_of
+from .rms_norm import (
+    LOOP_BLOCK,
+    TILE,
+    WHOLE_FWD,
+    bwd_rows,
+    normalise_rows,
+    row_tile,
+    rows_of,
+    scale_tile,
+)
 
 
 @triton.jit
@@ -29,15 +38,8 @@ def _add_rms_norm_fwd_kernel(
     res = tl.load(res_ptr + rows[:, None] * stride_resm + cols[None, :], mask=mask, other=0.0)
     h = (x.to(tl.float32) + res.to(tl.float32)).to(h_ptr.dtype.element_ty)
     tl.store(h_ptr + rows[:, None] * N + cols[None, :], h, mask=mask)
-    h = h.to(tl.float32)  # [BLOCK_M, BLOCK_N]
-    rstd = tl.rsqrt(tl.sum(h * h, axis=1) / N + eps)  # [BLOCK_M]
-    y = h * rstd[:, None]
-    if HAS_W:
-        w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + offset
-        y = y * w[None, :]
-    y = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + rows[:, None] * N + cols[None, :], y, mask=mask)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+    h = h.to(tl.float32)
+    normalise_rows(h, mask, rows, cols, w_ptr, y_ptr, rstd_ptr, M, N, eps, offset, HAS_W)
 
 
 @triton.jit
@@ -68,10 +70,8 @@ def _add_rms_norm_fwd_loop_kernel(
         # x and residual again, not h: what other threads stored is not yet theirs to read
         x = tl.load(x_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
         res = tl.load(res_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-        y = (x + res).to(h_ptr.dtype.element_ty).to(tl.float32) * rstd
-        if HAS_W:
-            y *= tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + offset
-        tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=cols < N)
+        h = (x + res).to(h_ptr.dtype.element_ty).to(tl.float32)
+        scale_tile(h, rstd, cols, w_ptr, y_ptr, N, offset, HAS_W)
     tl.store(rstd_ptr + row, rstd)
 
 

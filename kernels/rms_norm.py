@@ -23,6 +23,33 @@ DW_PROGRAMS = 256
 
 
 @triton.jit
+def normalise_rows(
+    x, mask, rows, cols,
+    w_ptr, y_ptr, rstd_ptr,
+    M, N, eps, offset,
+    HAS_W: tl.constexpr,
+):  # fmt: skip
+    """Store y and rstd of whole rows x [BLOCK_M, BLOCK_N], float32 and 0 where masked."""
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)  # [BLOCK_M]
+    y = x * rstd[:, None]
+    if HAS_W:
+        w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + offset
+        y = y * w[None, :]
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows[:, None] * N + cols[None, :], y, mask=mask)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+
+
+@triton.jit
+def scale_tile(x, rstd, cols, w_ptr, y_ptr, N, offset, HAS_W: tl.constexpr):
+    """Store y of one row's tile x [BLOCK_N], float32."""
+    y = x * rstd
+    if HAS_W:
+        y *= tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + offset
+    tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=cols < N)
+
+
+@triton.jit
 def _rms_norm_fwd_kernel(
     x_ptr, w_ptr, y_ptr, rstd_ptr,
     stride_xm,
@@ -35,15 +62,8 @@ def _rms_norm_fwd_kernel(
     cols = tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     x = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :], mask=mask, other=0.0)
-    x = x.to(tl.float32)  # [BLOCK_M, BLOCK_N]
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)  # [BLOCK_M]
-    y = x * rstd[:, None]
-    if HAS_W:
-        w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + offset
-        y = y * w[None, :]
-    y = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + rows[:, None] * N + cols[None, :], y, mask=mask)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+    x = x.to(tl.float32)
+    normalise_rows(x, mask, rows, cols, w_ptr, y_ptr, rstd_ptr, M, N, eps, offset, HAS_W)
 
 
 @triton.jit
@@ -65,10 +85,8 @@ def _rms_norm_fwd_loop_kernel(
     rstd = tl.rsqrt(tl.sum(squares, axis=0) / N + eps)
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        y = tl.load(x_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) * rstd
-        if HAS_W:
-            y *= tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + offset
-        tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=cols < N)
+        x = tl.load(x_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+        scale_tile(x, rstd, cols, w_ptr, y_ptr, N, offset, HAS_W)
     tl.store(rstd_ptr + row, rstd)
 
 

@@ -55,6 +55,31 @@ def test_an_op_is_timed_forward_and_backward_at_every_shape(definition):
     assert not line["allocator_bound"]
 
 
+def test_a_compiled_rival_is_compiled_at_every_shape(definition):
+    """Past its recompile limit torch.compile runs eager, and says nothing."""
+    seen: list[tuple[int | torch.SymInt, ...]] = []
+
+    def backend(graph, inputs):
+        seen.append(tuple(s for x in inputs if isinstance(x, torch.Tensor) for s in x.shape))
+        return graph
+
+    definition.PROVIDERS["compile"] = torch.compile(lambda x, by: (x * by,), backend=backend)
+    sizes = list(range(3, 3 + torch._dynamo.config.recompile_limit + 3))
+    definition.SHAPES = {str(n): {"n": n} for n in sizes}
+    for shape in definition.SHAPES:
+        harness.row(definition, shape, torch.float32, "fwd", 0.0)
+    assert seen == [(n,) for n in sizes]
+
+
+def test_what_is_allocated_afresh_at_every_call_is_marked(definition):
+    definition.SHAPES = {"under": {"n": (32 << 18) - 1}, "mapped": {"n": 32 << 18}}
+    marks = [
+        harness.row(definition, shape, torch.float32, "fwd", 0.0)["allocator_bound"]
+        for shape in definition.SHAPES
+    ]
+    assert marks == [False, True]
+
+
 def test_backward_yields_every_gradient(definition):
     inputs = definition.inputs(torch.float32, "cpu", n=4)
     (grad,) = harness.forward_backward(definition.PROVIDERS["tilewright"], inputs)()

@@ -8,6 +8,10 @@
 
 namespace tilewright {
 
+// Outputs from here up are written past the caches (csrc/cpu/stream.h): few machines would still have
+// them in one when they are read.
+constexpr size_t PAST_CACHES = 16 << 20;
+
 inline cpu::DType dtype_of(const at::Tensor& t, const char* op, const char* name) {
   switch (t.scalar_type()) {
     case at::kFloat: return cpu::DType::F32;

@@ -1,9 +1,10 @@
-// An op's direct way in from Python, `_C.<op>`: what its public function does for plain CPU tensors,
-// without Python's own dispatch and autograd.Function, which cost a decode step more than the kernels.
+// An op's direct way in from Python, `_C.<op>`: what its public function does for plain CPU
+// tensors, but without torch.ops and autograd.Function in Python, which cost a decode step more
+// than the kernels.
 //
-// An entry answers None to all it does not take (another device or dtype, shapes that do not fit, a
-// subclass, any mode, transform or tracer): ops/<op>.py then goes its ordinary way, and says what is
-// wrong.  Every call still passes torch's dispatcher.
+// An entry answers None to all it does not take (another device or dtype, shapes that do not fit,
+// a subclass, any mode, transform or tracer): ops/<op>.py then goes its ordinary way, and says what
+// is wrong.  Every call still passes torch's dispatcher.
 #pragma once
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -24,8 +25,8 @@ namespace tilewright {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The operator tilewright::<name>, defined by Python after this library is loaded: look it up at the
-// first call, into a static.  `kernel` gives its signature.
+// The operator tilewright::<name> of the kernel's signature.  Python defines it after this library
+// is loaded: look it up at the first call, into a static.
 template <class Kernel>
 auto operator_of(const char* name, Kernel*) {
   return c10::Dispatcher::singleton()
@@ -71,8 +72,9 @@ inline std::optional<at::Tensor> defined_or_none(const at::Tensor& saved) {
 inline bool wants_grad(const at::Tensor& t) { return t.requires_grad(); }
 inline bool wants_grad(const std::optional<at::Tensor>& t) { return t && t->requires_grad(); }
 
+// Whether autograd records a call with these inputs.
 template <class... Inputs>
-bool records(const Inputs&... inputs) {  // whether autograd records a call of these
+bool records(const Inputs&... inputs) {
   return at::GradMode::is_enabled() && (... || wants_grad(inputs));
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/EmptyTensor.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "../cpu/glu.h"
@@ -13,6 +14,7 @@ using GluFwdFn = void (*)(const cpu::GluFwd&, int64_t, int64_t);
 using GluBwdFn = void (*)(const cpu::GluBwd&, int64_t, int64_t);
 
 constexpr int64_t GLU_GRAIN = 32768;  // elements: about 10 us of work, what a fork costs
+constexpr int64_t GLU_LINE = 64;      // threads' ranges start on vectors, and share no cache line
 
 // t as rows of its last dimension: t itself where one stride steps through the rows, else a copy.
 struct GluRows {
@@ -45,6 +47,14 @@ struct GluRows {
     return static_cast<const char*>(tensor.const_data_ptr()) + col * tensor.element_size();
   }
 };
+
+template <class F>
+void glu_parallel(int64_t count, const F& f) {
+  at::parallel_for(0, (count + GLU_LINE - 1) / GLU_LINE, GLU_GRAIN / GLU_LINE,
+                   [&](int64_t begin, int64_t end) {
+                     f(begin * GLU_LINE, std::min(end * GLU_LINE, count));
+                   });
+}
 
 inline at::Tensor glu_empty(at::IntArrayRef sizes, const at::Tensor& like) {
   return at::detail::empty_cpu(sizes, like.scalar_type());
@@ -85,7 +95,8 @@ inline at::Tensor glu_forward(const char* op, const at::Tensor& gate,
   a.stride_y = a.cols;
   // gapless rows are one row: no tails
   if (a.stride_gate == a.cols && a.stride_up == a.cols) a.cols = count;
-  at::parallel_for(0, count, GLU_GRAIN, [&](int64_t begin, int64_t end) { fn(a, begin, end); });
+  a.past_caches = y.nbytes() >= PAST_CACHES;
+  glu_parallel(count, [&](int64_t begin, int64_t end) { fn(a, begin, end); });
   return y;
 }
 
@@ -101,7 +112,8 @@ inline void glu_backward_into(const char* op, const at::Tensor& dy_, const GluRo
   if (a.stride_dy == a.cols && a.stride_gate == a.cols && a.stride_up == a.cols &&
       a.stride_dgate == a.cols)
     a.cols = count;
-  at::parallel_for(0, count, GLU_GRAIN, [&](int64_t begin, int64_t end) { fn(a, begin, end); });
+  a.past_caches = size_t(count) * dy_.element_size() >= PAST_CACHES;
+  glu_parallel(count, [&](int64_t begin, int64_t end) { fn(a, begin, end); });
 }
 
 inline std::tuple<at::Tensor, at::Tensor> glu_backward(const char* op, const at::Tensor& dy,

@@ -75,9 +75,10 @@ static std::tuple<at::Tensor, at::Tensor> rms_norm_fwd(const at::Tensor& x,
   const float* scale_data = scale.data();
   void* y_data = y.mutable_data_ptr();
   float* rstd_data = rstd.mutable_data_ptr<float>();
+  const bool past_caches = y.nbytes() >= PAST_CACHES;
   const auto f = TW_PICK(rms_norm_fwd);
   at::parallel_for(0, m, row_grain(n), [&](int64_t begin, int64_t end) {
-    f(rows.rows, scale_data, y_data, rstd_data, dtype, n, float(eps), begin, end);
+    f(rows.rows, scale_data, y_data, rstd_data, dtype, n, float(eps), past_caches, begin, end);
   });
   return {std::move(y), std::move(rstd)};
 }
@@ -111,12 +112,13 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_bwd_rows(
   const float* scale_data = scale.data();
   const float* rstd_data = rstd.const_data_ptr<float>();
   void* dx_data = dx.mutable_data_ptr();
+  const bool past_caches = dx.nbytes() >= PAST_CACHES;
   const auto f = TW_PICK(rms_norm_bwd);
 
   if (!has_dw) {
     at::parallel_for(0, m, row_grain(n), [&](int64_t begin, int64_t end) {
       f(dy_rows.rows, x_rows.rows, residual_rows, scale_data, rstd_data, dx_data, nullptr, dtype, n,
-        begin, end);
+        past_caches, begin, end);
     });
     return {std::move(dx), std::move(dw)};
   }
@@ -129,7 +131,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_bwd_rows(
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
       f(dy_rows.rows, x_rows.rows, residual_rows, scale_data, rstd_data, dx_data,
-        partial_data + b * n, dtype, n, b * block, std::min(m, (b + 1) * block));
+        partial_data + b * n, dtype, n, past_caches, b * block, std::min(m, (b + 1) * block));
   });
   const cpu::DType weight_dtype = dtype_of(*weight, op, "weight");
   void* dw_data = dw.mutable_data_ptr();

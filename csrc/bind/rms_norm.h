@@ -39,7 +39,8 @@ void check_row_weight(const char* op, const at::Tensor& x, const std::optional<a
 constexpr double F32_EPS = std::numeric_limits<float>::epsilon();
 
 // Whether a direct entry takes x with the weight in `object`, which is `weight` if it is plain.
-inline bool row_weight_fits(const at::Tensor& x, const at::Tensor* weight, pybind11::handle object) {
+inline bool row_weight_fits(const at::Tensor& x, const at::Tensor* weight,
+                            pybind11::handle object) {
   if (x.dim() == 0) return false;
   if (weight == nullptr) return object.is_none();
   return weight->dim() == 1 && weight->size(0) == x.size(-1);

@@ -6,7 +6,7 @@ namespace tilewright::cpu::TW_ISA {
 
 template <class T>
 static void fwd(const Rows& x_rows, const Rows& residual_rows, const float* scale, T* y, T* h_out,
-                float* rstd, int64_t n, float eps, int64_t begin, int64_t end) {
+                float* rstd, int64_t n, float eps, bool past_caches, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T* x = row_of<T>(x_rows, i);
     const T* residual = row_of<T>(residual_rows, i);
@@ -25,15 +25,16 @@ static void fwd(const Rows& x_rows, const Rows& residual_rows, const float* scal
           return fma(v, v, sum);
         });
     rstd[i] = rstd_of(squares, n, eps);
-    scale_row(static_cast<const T*>(h), scale, y + i * n, rstd[i], n);
+    scale_row(static_cast<const T*>(h), scale, y + i * n, rstd[i], n, past_caches);
   }
+  if (past_caches) end_streams();
 }
 
 void add_rms_norm_fwd(Rows x, Rows residual, const float* scale, void* y, void* h, float* rstd,
-                      DType dtype, int64_t n, float eps, int64_t begin, int64_t end) {
+                      DType dtype, int64_t n, float eps, bool past_caches, int64_t begin, int64_t end) {
   TW_FOR_DTYPE(dtype, T,
-               fwd(x, residual, scale, static_cast<T*>(y), static_cast<T*>(h), rstd, n, eps, begin,
-                   end))
+               fwd(x, residual, scale, static_cast<T*>(y), static_cast<T*>(h), rstd, n, eps,
+                   past_caches, begin, end))
 }
 
 }  // namespace tilewright::cpu::TW_ISA

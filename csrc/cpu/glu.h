@@ -10,6 +10,7 @@ struct GluFwd {
   void* y;
   int64_t stride_gate, stride_up, stride_y, cols;
   DType dtype;
+  bool past_caches;  // stream.h's
 };
 
 struct GluBwd {
@@ -17,6 +18,7 @@ struct GluBwd {
   void *dgate, *dup;
   int64_t stride_dy, stride_gate, stride_up, stride_dgate, stride_dup, cols;
   DType dtype;
+  bool past_caches;  // stream.h's
 };
 
 }  // namespace tilewright::cpu

@@ -4,6 +4,7 @@
 #pragma once
 #include "glu.h"
 #include "simd.h"
+#include "stream.h"
 
 namespace tilewright::cpu::TW_ISA {
 
@@ -15,12 +16,14 @@ void glu_fwd_rows(const GluFwd& a, int64_t begin, int64_t end) {
     const T* gate = static_cast<const T*>(a.gate) + row * a.stride_gate + col;
     const T* up = static_cast<const T*>(a.up) + row * a.stride_up + col;
     T* y = static_cast<T*>(a.y) + row * a.stride_y + col;
+    const bool past = a.past_caches && streams(y);
     int64_t i = 0;
-    for (; i + W <= n; i += W) store(y + i, Act::value(load(gate + i)) * load(up + i));
+    for (; i + W <= n; i += W) put(y + i, Act::value(load(gate + i)) * load(up + i), past);
     if (const int rest = int(n - i))
       store_n(y + i, Act::value(load_n(gate + i, rest)) * load_n(up + i, rest), rest);
     at += n;
   }
+  if (a.past_caches) end_streams();
 }
 
 template <class Act, class T>
@@ -33,12 +36,13 @@ void glu_bwd_rows(const GluBwd& a, int64_t begin, int64_t end) {
     const T* up = static_cast<const T*>(a.up) + row * a.stride_up + col;
     T* dgate = static_cast<T*>(a.dgate) + row * a.stride_dgate + col;
     T* dup = static_cast<T*>(a.dup) + row * a.stride_dup + col;
+    const bool past = a.past_caches && streams(dgate) && streams(dup);
     int64_t i = 0;
     Vec slope;
     for (; i + W <= n; i += W) {
       const Vec d = load(dy + i), value = Act::value(load(gate + i), slope);
-      store(dgate + i, d * load(up + i) * slope);
-      store(dup + i, d * value);
+      put(dgate + i, d * load(up + i) * slope, past);
+      put(dup + i, d * value, past);
     }
     if (const int rest = int(n - i)) {
       const Vec d = load_n(dy + i, rest), value = Act::value(load_n(gate + i, rest), slope);
@@ -47,6 +51,7 @@ void glu_bwd_rows(const GluBwd& a, int64_t begin, int64_t end) {
     }
     at += n;
   }
+  if (a.past_caches) end_streams();
 }
 
 template <class Act> void glu_fwd_as(const GluFwd& a, int64_t begin, int64_t end) {

@@ -20,7 +20,7 @@ void rms_norm_scale(float* scale, const void* weight, DType weight_dtype, float 
 
 template <class T>
 static void fwd(const Rows& x_rows, const float* scale, T* y, float* rstd, int64_t n, float eps,
-                int64_t begin, int64_t end) {
+                bool past_caches, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T* x = row_of<T>(x_rows, i);
     const double squares = row_sum(
@@ -34,20 +34,21 @@ static void fwd(const Rows& x_rows, const float* scale, T* y, float* rstd, int64
           return fma(v, v, sum);
         });
     rstd[i] = rstd_of(squares, n, eps);
-    scale_row(x, scale, y + i * n, rstd[i], n);
+    scale_row(x, scale, y + i * n, rstd[i], n, past_caches);
   }
+  if (past_caches) end_streams();
 }
 
 void rms_norm_fwd(Rows x, const float* scale, void* y, float* rstd, DType dtype, int64_t n,
-                  float eps, int64_t begin, int64_t end) {
-  TW_FOR_DTYPE(dtype, T, fwd(x, scale, static_cast<T*>(y), rstd, n, eps, begin, end))
+                  float eps, bool past_caches, int64_t begin, int64_t end) {
+  TW_FOR_DTYPE(dtype, T, fwd(x, scale, static_cast<T*>(y), rstd, n, eps, past_caches, begin, end))
 }
 
 // With xhat = x * rstd and g = dy * scale:  dx = rstd * (g - xhat * mean(g * xhat)).
 template <class T, bool RESIDUAL, bool DW>
 static void bwd(const Rows& dy_rows, const Rows& x_rows, const Rows& residual_rows,
-                const float* scale, const float* rstd, T* dx, float* dw, int64_t n, int64_t begin,
-                int64_t end) {
+                const float* scale, const float* rstd, T* dx, float* dw, int64_t n,
+                bool past_caches, int64_t begin, int64_t end) {
   if (DW)
     for (int64_t j = 0; j < n; ++j) dw[j] = 0.f;
   for (int64_t i = begin; i < end; ++i) {
@@ -55,6 +56,7 @@ static void bwd(const Rows& dy_rows, const Rows& x_rows, const Rows& residual_ro
     const T* dy = row_of<T>(dy_rows, i);
     const T* residual = RESIDUAL ? row_of<T>(residual_rows, i) : nullptr;
     T* out = dx + i * n;
+    const bool past = past_caches && streams(out);
     const double dot = row_sum(
         n,
         [&](int64_t j, Vec sum) { return fma(load(dy + j) * load(scale + j), load(x + j), sum); },
@@ -68,7 +70,7 @@ static void bwd(const Rows& dy_rows, const Rows& x_rows, const Rows& residual_ro
       if (DW) store(dw + j, fma(d, xhat, load(dw + j)));
       Vec v = r * fma(xhat, mean, d * load(scale + j));
       if (RESIDUAL) v = v + load(residual + j);
-      store(out + j, v);
+      put(out + j, v, past);
     }
     if (j < n) {
       const int rest = int(n - j);
@@ -79,15 +81,17 @@ static void bwd(const Rows& dy_rows, const Rows& x_rows, const Rows& residual_ro
       store_n(out + j, v, rest);
     }
   }
+  if (past_caches) end_streams();
 }
 
 void rms_norm_bwd(Rows dy, Rows x, Rows dresidual, const float* scale, const float* rstd, void* dx,
-                  float* dw_partial, DType dtype, int64_t n, int64_t begin, int64_t end) {
+                  float* dw_partial, DType dtype, int64_t n, bool past_caches, int64_t begin,
+                  int64_t end) {
   TW_FOR_DTYPE(dtype, T, {
     const bool residual = dresidual.p != nullptr, dw = dw_partial != nullptr;
     const auto f = residual ? (dw ? bwd<T, true, true> : bwd<T, true, false>)
                             : (dw ? bwd<T, false, true> : bwd<T, false, false>);
-    f(dy, x, dresidual, scale, rstd, static_cast<T*>(dx), dw_partial, n, begin, end);
+    f(dy, x, dresidual, scale, rstd, static_cast<T*>(dx), dw_partial, n, past_caches, begin, end);
   })
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include "rms_norm.h"
 #include "simd.h"
+#include "stream.h"
 
 namespace tilewright::cpu::TW_ISA {
 
@@ -44,10 +45,12 @@ TW_INLINE float rstd_of(double sum_squares, int64_t n, float eps) {
 }
 
 template <class T>
-TW_INLINE void scale_row(const T* x, const float* scale, T* y, float rstd, int64_t n) {
+TW_INLINE void scale_row(const T* x, const float* scale, T* y, float rstd, int64_t n,
+                         bool past_caches) {
   const Vec r = set1(rstd);
+  const bool past = past_caches && streams(y);
   int64_t j = 0;
-  for (; j + W <= n; j += W) store(y + j, load(x + j) * r * load(scale + j));
+  for (; j + W <= n; j += W) put(y + j, load(x + j) * r * load(scale + j), past);
   if (j < n) {
     const int rest = int(n - j);
     store_n(y + j, load_n(x + j, rest) * r * load_n(scale + j, rest), rest);

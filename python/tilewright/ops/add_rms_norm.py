@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from tilewright import _op
-
-_F32_EPS = torch.finfo(torch.float32).eps
+from tilewright.ops import _norm
 
 _fwd = _op.register(
     "add_rms_norm",
@@ -65,11 +64,7 @@ def add_rms_norm(
         found = _direct(x, residual, weight, eps, offset)
         if found is not None:
             return found
-    if not x.is_floating_point() or x.dim() == 0:
-        raise ValueError(
-            f"add_rms_norm: x must be floating point with at least one dimension, "
-            f"not {x.dtype} {tuple(x.shape)}"
-        )
+    _norm.check_x("add_rms_norm", x)
     if residual.shape != x.shape:
         raise ValueError(
             f"add_rms_norm: residual shape {tuple(residual.shape)} does not fit x {tuple(x.shape)}"
@@ -81,22 +76,10 @@ def add_rms_norm(
             raise ValueError(f"add_rms_norm: residual must be floating point, not {residual.dtype}")
         wide = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(wide), residual.to(wide)
-    served = _op.serves("add_rms_norm", x)
-    if weight is not None:
-        if weight.dim() != 1 or weight.size(0) != x.size(-1):
-            raise ValueError(
-                f"add_rms_norm: weight shape {tuple(weight.shape)} does not fit x {tuple(x.shape)}"
-            )
-        if weight.device != x.device:
-            raise ValueError(f"add_rms_norm: weight is on {weight.device}, x on {x.device}")
-        if weight.dtype != x.dtype:
-            if not weight.is_floating_point():
-                raise ValueError(f"add_rms_norm: weight must be floating point, not {weight.dtype}")
-            served = served and _op.serves("add_rms_norm", weight)
-    if not served:
+    if not _norm.serves("add_rms_norm", x, weight):
         return _op.twin("add_rms_norm")(x, residual, weight, eps, offset=offset)
     if eps is None:
-        eps = _F32_EPS
+        eps = _norm.F32_EPS
     if torch.is_grad_enabled() and (
         x.requires_grad or residual.requires_grad or (weight is not None and weight.requires_grad)
     ):

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from tilewright import _op
-
-_F32_EPS = torch.finfo(torch.float32).eps
+from tilewright.ops import _norm
 
 _fwd = _op.register(
     "rms_norm",
@@ -60,27 +59,11 @@ def rms_norm(
         y = _direct(x, weight, eps, offset)
         if y is not None:
             return y
-    if not x.is_floating_point() or x.dim() == 0:
-        raise ValueError(
-            f"rms_norm: x must be floating point with at least one dimension, "
-            f"not {x.dtype} {tuple(x.shape)}"
-        )
-    served = _op.serves("rms_norm", x)
-    if weight is not None:
-        if weight.dim() != 1 or weight.size(0) != x.size(-1):
-            raise ValueError(
-                f"rms_norm: weight shape {tuple(weight.shape)} does not fit x {tuple(x.shape)}"
-            )
-        if weight.device != x.device:
-            raise ValueError(f"rms_norm: weight is on {weight.device}, x on {x.device}")
-        if weight.dtype != x.dtype:
-            if not weight.is_floating_point():
-                raise ValueError(f"rms_norm: weight must be floating point, not {weight.dtype}")
-            served = served and _op.serves("rms_norm", weight)
-    if not served:
+    _norm.check_x("rms_norm", x)
+    if not _norm.serves("rms_norm", x, weight):
         return _op.twin("rms_norm")(x, weight, eps, offset=offset)
     if eps is None:
-        eps = _F32_EPS
+        eps = _norm.F32_EPS
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad)
     ):
