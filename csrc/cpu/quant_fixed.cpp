@@ -62,6 +62,7 @@ bool prepare_fixed(const QuantWeight& w, const T* x, uint8_t* fixed, float* sums
     const int at = int(b % BLOCKS);
     __m512 low, high;
     load32<BITS>(x + b * 32, low, high);
+    if (_mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q)) return false;  // a nan, which max can lose
     const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
     float scale, inverse;
     if constexpr (SLICES == 1) {
