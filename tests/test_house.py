@@ -20,7 +20,7 @@ from tilewright import _native, _op, ops, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python/tilewright"
-MAX_LINES = 600  # a kernel and its backward, or a model, told whole; past that, two things
+MAX_LINES = 450  # a kernel and its backward, or a model, told whole; past that, two things
 
 # What the modules of each part may import from tilewright, and from outside beyond the standard
 # library.  A part may always import its own modules.
