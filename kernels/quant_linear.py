@@ -280,8 +280,9 @@ def _offset(scales: Tensor, zeros: Tensor | None, minima: Tensor | None) -> tupl
     return scales, SYMMETRIC
 
 
-def _unit_inner(t: Tensor) -> Tensor:
-    """t with a last stride of 1."""
+def _rows(t: Tensor, M: int) -> Tensor:
+    """t [..., C] as [M, C] with a last stride of 1."""
+    t = t.reshape(M, t.shape[-1])
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
@@ -312,14 +313,15 @@ def _linear(
     bits: int, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None,
     minima: Tensor | None, bias: Tensor | None, activations: str,
 ) -> Tensor:  # fmt: skip
-    """x [M, K], qweight [N, K * bits / 8], scales, zeros or minima [N, G], bias [N] -> [M, N] of
+    """x [..., K], qweight [N, K * bits / 8], scales, zeros or minima [N, G], bias [N] -> [..., N] of
     x's dtype.  activations is "float" or "int8"."""
-    (M, K), (N, G) = x.shape, scales.shape
-    y = x.new_empty(M, N)
+    K, (N, G) = x.shape[-1], scales.shape
+    y = x.new_empty(*x.shape[:-1], N)
+    M = x.numel() // K if K else y.numel() // max(N, 1)
     if M == 0 or N == 0:
         return y
     group = K // G
-    x, qweight, scales = _unit_inner(x), qweight.contiguous(), scales.contiguous()
+    x, qweight, scales = _rows(x, M), qweight.contiguous(), scales.contiguous()
     offset, kind = _offset(scales, zeros, minima)
     if activations == "int8" and K:
         x = _round_activations(x, group)
@@ -336,7 +338,7 @@ def _linear(
     per_group = triton.cdiv(group, block["BLOCK_K"])
     kernel[grid](
         x, qweight, scales, offset, scales if bias is None else bias.contiguous(), y,
-        x.stride(0), qweight.stride(0), scales.stride(0), y.stride(0),
+        x.stride(0), qweight.stride(0), scales.stride(0), N,
         M, N, group, per_group, G * per_group,
         **constants, **block, **options, enable_fp_fusion=True,
     )  # fmt: skip
@@ -347,20 +349,21 @@ def _dgrad(
     bits: int, dy: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None,
     minima: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """dy [M, N], the weight as _linear takes it -> dx [M, K] of dy's dtype."""
-    (M, N), G = dy.shape, scales.shape[1]
+    """dy [..., N], the weight as _linear takes it -> dx [..., K] of dy's dtype."""
+    N, G = scales.shape
     K = qweight.shape[1] * (8 // bits)
-    dx = dy.new_empty(M, K)
+    dx = dy.new_empty(*dy.shape[:-1], K)
+    M = dx.numel() // K if K else 0
     if M == 0 or K == 0:
         return dx
     group = K // G
-    dy, qweight, scales = _unit_inner(dy), qweight.contiguous(), scales.contiguous()
+    dy, qweight, scales = _rows(dy, M), qweight.contiguous(), scales.contiguous()
     offset, kind = _offset(scales, zeros, minima)
     block, options = _dgrad_tiles(M, dy.dtype, group)
     per_group = triton.cdiv(group, block["BLOCK_K"])
     _dgrad_kernel[(triton.cdiv(M, block["BLOCK_M"]), G * per_group)](
         dy, qweight, scales, offset, dx,
-        dy.stride(0), qweight.stride(0), scales.stride(0), dx.stride(0),
+        dy.stride(0), qweight.stride(0), scales.stride(0), K,
         M, N, group, per_group,
         BITS=bits, OFFSET=kind, **_dot(dy.dtype), **block, **options, enable_fp_fusion=True,
     )  # fmt: skip
