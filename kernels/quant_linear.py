@@ -213,6 +213,7 @@ def _round_activations_kernel(
         x = tl.load(x_runs + start, mask=mask_r & (start + j < width), other=0.0).to(tl.float32)
         top = tl.maximum(top, tl.max(tl.abs(x), axis=1))
     scale = tl.div_rn(top, tl.full((ROWS,), 127.0, tl.float32))[:, None]
+    scale = tl.where(scale < 1.1754943508222875e-38, 0.0, scale)  # 2^-126: below, 1 / scale is inf
     safe = tl.where(scale == 0.0, 1.0, scale)
     for start in range(0, width, BLOCK):
         mask = mask_r & (start + j < width)

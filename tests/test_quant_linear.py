@@ -49,6 +49,8 @@ SHAPES = [
     (1, 33, 96, 32),
     (3, 70, 192, 64),
     (8, 40, 256, 128),
+    (1, 33, 288, 32),
+    (5, 70, 832, 64),
     (2, 5, 160, 160),
     (1, 9, 130, 130),
     (9, 33, 96, 32),
@@ -125,14 +127,25 @@ def test_extreme_codes_and_activations(bits, M, code, device):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_every_mantissa_of_the_largest_activation(bits, sign, device):
-    """Fixed-point activations carry between their bytes just below a power of two."""
-    w = make(40, 192, bits=bits, kind="zeros", device=device)
-    fine = 2.0 - torch.arange(1, 600) * 2.0**-16  # 1.9908 and up
-    mantissas = torch.cat((fine, torch.rand(41) + 1)).view(-1, 8).to(device)
-    for eight in mantissas:
-        x = torch.randn(8, 192, device=device).clamp(-1, 1)
-        x[:, 5] = sign * eight
-        check(w, x, torch.float32)
+    """Fixed-point activations carry between their bytes near the largest number they hold; what one
+    large activation leaves of the precision of the small ones in its block is enough."""
+    w = make(33, 256, bits=bits, kind="zeros", device=device)
+    fine = 2.0 - torch.arange(1, 16) * 2.0**-10  # 1.985 and up
+    for largest in torch.cat((fine, torch.rand(15) + 1)).to(device):
+        for small in (1.0, 0.1):
+            x = torch.randn(1, 256, device=device).clamp(-1, 1) * small
+            x[:, 5] = sign * largest
+            check(w, x, torch.float32)
+
+
+@pytest.mark.parametrize("M", [1, 20])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tiny_activations(M, bits, device):
+    """Where 1 / scale would overflow, an int8 block is zeros."""
+    w = make(9, 96, bits=bits, device=device)
+    for size in (1e-35, 1e-36, 1e-37, 1e-40, 0.0):
+        x = torch.randn(M, 96, device=device) * size
+        check(w, x, torch.float32, activations="int8")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

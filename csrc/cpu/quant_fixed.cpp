@@ -17,7 +17,7 @@ template <int BITS, int SLICES> struct FixedChunk {
   float scale[16];                   // of the block of 32 each lane lies in
 };
 
-TW_INLINE float pow2_at(int exponent) { return float_of(uint32_t(exponent + 127) << 23); }
+constexpr float MOST = 127 * 65536 + 127 * 256 + 126;  // one less: x * inverse is rounded
 
 // 32 numbers of x as two vectors; 4 bits: the even k, the odd k.
 template <int BITS, class T>
@@ -64,19 +64,19 @@ bool prepare_fixed(const QuantWeight& w, const T* x, uint8_t* fixed, float* sums
     load32<BITS>(x + b * 32, low, high);
     if (_mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q)) return false;  // a nan, which max can lose
     const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+    // beyond these a scale, its inverse or its product with a weight's would leave the normal range
+    if (!(largest == 0.f || (largest > 0x1p-90f && largest < 0x1p127f))) return false;
     float scale, inverse;
     if constexpr (SLICES == 1) {
       scale = largest / 127.f;
       inverse = scale > 0 ? 1.f / scale : 0.f;
     } else {
-      // nan fails both comparisons; below, the scale would leave the normal range
-      if (!(largest == 0.f || (largest > 0x1p-90f && largest < 0x1p127f))) return false;
-      const int exponent = int(bits_of(largest) >> 23) - 127;
-      // the first slice is at most 127, and the carries of the two below it round up to it:
-      // 127 * 2^16 + 127 * 2^8 + 127 = 1.99215 * 2^22 is the largest number there is
-      const int shift = largest * pow2_at(-exponent) < 1.992f ? 22 - exponent : 21 - exponent;
-      scale = largest > 0 ? pow2_at(-shift) : 0.f;
-      inverse = largest > 0 ? pow2_at(shift > 127 ? 127 : shift) : 0.f;
+      // The first slice is at most 127, and the carries of the two below it round up to it:
+      // 127 * 2^16 + 127 * 2^8 + 127 is the largest number there is.  An inverse of 12 significant
+      // bits makes 1 / (1 / inverse) as good as exact: no error common to the block.
+      const float exact = largest > 0 ? MOST / largest : 0.f;
+      inverse = float_of(bits_of(exact) & 0xfffff000u);
+      scale = largest > 0 ? 1.f / inverse : 0.f;
     }
     const __m512 inv = _mm512_set1_ps(inverse);
     __m512i lo = _mm512_cvtps_epi32(_mm512_mul_ps(low, inv));

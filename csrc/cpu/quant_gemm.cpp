@@ -19,7 +19,8 @@ void quant_prepare_int8(const QuantWeight& w, const void* x, DType dtype, int8_t
     }
     // an infinity leaves no scale: the block is nan, as a nan makes it
     const bool finite = largest < __builtin_inff();
-    const float scale = finite ? largest / 127.f : __builtin_nanf("");
+    float scale = finite ? largest / 127.f : __builtin_nanf("");
+    if (scale < 0x1p-126f) scale = 0.f;
     const float inverse = scale > 0 ? 1.f / scale : 0.f;
     int32_t sum = 0;
     for (int64_t j = 0; j < block; ++j) {

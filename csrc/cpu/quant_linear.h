@@ -40,9 +40,9 @@ TW_DECLARE(bool, quant_has_int8, const QuantWeight& w)
 
 // The in-register path in integers.  A row of x becomes fixed-point numbers of `slices` bytes that
 // share a scale in each block of 32: one byte is activations="int8"; three hold float activations,
-// with a power of two for scale and 23 bits and a sign for the block's largest, so that float32
-// loses at most what its own rounding of that largest does.  quant_prepare_fixed returns false
-// where a block is not finite or too small for that: take the float path.
+// with 23 bits and a sign for the block's largest, what float32 has for that one.
+// quant_prepare_fixed returns false where a block is not finite or too small for that: take the
+// float path.
 TW_DECLARE(int64_t, quant_fixed_bytes, const QuantWeight& w, int slices)
 TW_DECLARE(bool, quant_prepare_fixed, const QuantWeight& w, const void* x, DType dtype, int slices,
            uint8_t* fixed, float* sums)

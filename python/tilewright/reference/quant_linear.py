@@ -11,12 +11,14 @@ def round_to_int8(x: Tensor, group: int) -> Tensor:
     """x [..., K] rounded as `activations="int8"` does: symmetric int8 in blocks of 32 columns.
 
     The block is the weight's group where 32 does not divide it.  scale = max|x| / 127, codes to
-    the nearest even; a block of zeros stays zero.  The arithmetic is float32 whatever x is.
+    the nearest even; a block whose scale is below float32's smallest normal number becomes zeros.
+    The arithmetic is float32 whatever x is.
     """
     block = 32 if group % 32 == 0 else group
     blocks = x.to(torch.float32).unflatten(-1, (-1, block))
     scale = blocks.abs().amax(-1, keepdim=True) / 127.0
-    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)  # keeps nan
+    inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
     codes = (blocks * inverse).round().clamp(-127, 127)
     return (codes.to(x.dtype) * scale.to(x.dtype)).flatten(-2)
 
