@@ -15,7 +15,9 @@ def _wait() -> None:
 
 
 def _sample(fn: Callable[[], object], calls: int) -> float:
-    """Mean seconds a call."""
+    """Mean seconds a call, after an untimed one: a rival that left the heap trimmed or the caches
+    full of its own would otherwise be paid for by the next."""
+    fn()
     _wait()
     start = time.perf_counter()
     for _ in range(calls):
@@ -35,8 +37,7 @@ def interleaved(
     names = list(rivals)
     calls = {}
     for name, fn in rivals.items():
-        for _ in range(2):  # the first call compiles, the second settles
-            fn()
+        fn()  # the first call compiles; _sample's settles
         calls[name] = max(1, round(SAMPLE_SECONDS / max(_sample(fn, 1), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
