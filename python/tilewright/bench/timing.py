@@ -15,9 +15,9 @@ def _wait() -> None:
 
 
 def _sample(fn: Callable[[], object], calls: int) -> float:
-    """Mean seconds a call, after an untimed one: a rival that left the heap trimmed or the caches
-    full of its own would otherwise be paid for by the next."""
-    fn()
+    """Mean seconds a call, after two untimed ones: the first makes the allocator trim what the rival
+    before left, the second faults in this one's own pages."""
+    fn(), fn()
     _wait()
     start = time.perf_counter()
     for _ in range(calls):
