@@ -87,7 +87,9 @@ def test_a_load_past_the_end(interpreter):
 
 def test_a_store_before_the_start(interpreter):
     told = fault(
-        interpreter, "store out of bounds", lambda: _store_past_kernel[(1,)](torch.zeros(8), BLOCK=8)
+        interpreter,
+        "store out of bounds",
+        lambda: _store_past_kernel[(1,)](torch.zeros(8), BLOCK=8),
     )
     assert "argument y_ptr, element -2" in told
 

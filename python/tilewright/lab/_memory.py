@@ -102,7 +102,9 @@ class Memory:
         self.launch, self._fresh = launch, fresh
         self._regions: list[_Region] = []  # by address
         self._starts: list[int] = []
-        self._base: dict[str, tuple[int, int, _Region]] = {}  # argument -> address, itemsize, region
+        self._base: dict[
+            str, tuple[int, int, _Region]
+        ] = {}  # argument -> address, itemsize, region
         self._names: dict[int, str] = {}  # address -> the first argument that begins there
         self.program: tuple[int, ...] = (0, 0, 0)
         self.me = 1
@@ -153,17 +155,18 @@ class Memory:
         """The accesses by the region they lie in; KernelFault for one that lies in none, or not in
         the region of the argument its pointer came from."""
         low, high = int(address.min()), int(address.max()) + size
+        home: _Region | None = None
         if name is not None:
-            region = self._base[name][2]
-        else:
-            at = bisect.bisect(self._starts, low) - 1
-            region = self._regions[max(at, 0)] if self._regions else None
-        if region is not None and region.start <= low and high <= region.end:
-            return [(region, address)]
-        if name is not None or region is None:
+            home = self._base[name][2]
+        elif self._regions:
+            home = self._regions[max(bisect.bisect(self._starts, low) - 1, 0)]
+        if home is not None and home.start <= low and high <= home.end:
+            return [(home, address)]
+        if name is not None or home is None:
             outside = address
-            if region is not None:
-                outside = address[(address < region.start) | (address + size > region.end)]
+            if home is not None:
+                last = np.uint64(home.end - size)
+                outside = address[(address < np.uint64(home.start)) | (address > last)]
             raise self._fault(f"{what} out of bounds", int(outside.flat[0]), name)
         found = []
         where = np.searchsorted(np.array(self._starts, np.uint64), address, "right") - 1
