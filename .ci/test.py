@@ -30,7 +30,7 @@ def passes(full: bool) -> dict[str, tuple[dict[str, str], list[str]]]:
     from tilewright import _native
 
     tests = op_tests()
-    others = [Path(f"tests/test_{name}.py") for name in ("interpreter", "llama")]
+    others = [Path(f"tests/test_{name}.py") for name in ("interpreter", "traffic", "llama")]
     interpreted = [*tests, *(str(path) for path in others if path.is_file())]
     found = {
         "native": ({}, []),
