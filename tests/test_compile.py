@@ -20,6 +20,11 @@ FILES = [
 SHARED = 99 * 1024
 
 
+# Bytes spilled that stand: (kernel, architecture, head dim).  The next smaller tile would read every
+# key and value twice as often, to save eight loads and stores of a register.
+SPILLS = {("_attention_dq_kernel", arch, 256): 32 for arch in (86, 89)}
+
+
 def run(*arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT / "python"), "TRITON_CACHE_DIR": str(cache), **environment}
@@ -31,7 +36,9 @@ def faults(row: dict) -> list[str]:
     if row["error"]:
         return [row["error"]]
     found = []
-    if row["spills"]:
+    if row["spills"] > SPILLS.get(
+        (row["kernel"], row["arch"], row["constants"].get("HEAD_DIM")), 0
+    ):
         found.append(f"spills {row['spills']} bytes, {row['registers']} registers")
     if row["shared"] > SHARED:
         found.append(f"{row['shared']} bytes of shared memory")
