@@ -30,10 +30,8 @@ def passes(full: bool) -> dict[str, tuple[dict[str, str], list[str]]]:
     from tilewright import _native
 
     tests = op_tests()
-    interpreted = [
-        *tests,
-        *(["tests/test_llama.py"] if Path("tests/test_llama.py").is_file() else []),
-    ]
+    others = [Path(f"tests/test_{name}.py") for name in ("interpreter", "traffic", "llama")]
+    interpreted = [*tests, *(str(path) for path in others if path.is_file())]
     found = {
         "native": ({}, []),
         "interpreter": ({"TRITON_INTERPRET": "1"}, interpreted),

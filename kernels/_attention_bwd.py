@@ -6,7 +6,7 @@ dk and dv.  There P = e^(s - lse) and rowsum(P dP) = rowsum(dout out), both roun
 1000 lse is off by 3e-5 and P with it, and where one probability is near 1, all that is left of dS is
 the rounding.  Here the dq kernel finds the statistics of a row again, as it goes: m, the maximum
 score (base 2); norm = 1 / sum of p = 2^(s - m); mean, near dP's mean under P, from which dP is
-measured; drift, what the mean is off by.  Shapes and WIDE are attention.py's.
+measured; drift, what the mean is off by.  Shapes are attention.py's.
 """
 
 import torch
@@ -39,13 +39,13 @@ def _still(rows, S, T, CAUSAL: tl.constexpr):
 def _dq_step(
     dq, pk, m, l, mean, excess, q, dout,
     k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, factor,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the sums of ds k and p k, and the rows' statistics."""
     cols = start + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, cols, stride_kt, T, HEAD_DIM, BLOCK_D, WIDE)
-    v = load_rows(v_ptr, cols, stride_vt, T, HEAD_DIM, BLOCK_D, WIDE)
+    k = load_rows(k_ptr, cols, stride_kt, T, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr, cols, stride_vt, T, HEAD_DIM, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
     if MASK:
         s = tl.where(visible(rows[:, None], cols[None, :], S, T, CAUSAL), s, -float("inf"))
@@ -71,7 +71,7 @@ def _attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     H, S, T, scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries, and the statistics of their rows for the dk, dv kernel."""
@@ -83,8 +83,8 @@ def _attention_dq_kernel(
     v_ptr += b * stride_vb + h // GROUP * stride_vh
     base = (b * S * H + h) * HEAD_DIM  # dout and dq lie as [B, S, H, D]
     rows = first + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr, rows, stride_qs, S, HEAD_DIM, BLOCK_D, WIDE)
-    dout = load_rows(dout_ptr + base, rows, H * HEAD_DIM, S, HEAD_DIM, BLOCK_D, WIDE)
+    q = load_rows(q_ptr, rows, stride_qs, S, HEAD_DIM, BLOCK_D)
+    dout = load_rows(dout_ptr + base, rows, H * HEAD_DIM, S, HEAD_DIM, BLOCK_D)
     factor = scale * LOG2E
 
     m = tl.full((BLOCK_M,), LOWEST, tl.float32)
@@ -98,13 +98,13 @@ def _attention_dq_kernel(
         dq, pk, m, l, mean, excess = _dq_step(
             dq, pk, m, l, mean, excess, q, dout,
             k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, factor,
-            HEAD_DIM, CAUSAL, False, WIDE, BLOCK_N, BLOCK_D,
+            HEAD_DIM, CAUSAL, False, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for start in range(whole, end, BLOCK_N):
         dq, pk, m, l, mean, excess = _dq_step(
             dq, pk, m, l, mean, excess, q, dout,
             k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, factor,
-            HEAD_DIM, CAUSAL, True, WIDE, BLOCK_N, BLOCK_D,
+            HEAD_DIM, CAUSAL, True, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
     norm = 1.0 / divisor(l, rows, S, T, CAUSAL)
@@ -126,13 +126,13 @@ def _attention_dq_kernel(
 def _dkv_step(
     dk, dv, k, v, q_ptr, dout_ptr, stats_ptr,
     stride_qs, stride_dos, cols, start, S, T, factor,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of queries into dk and dv; scores are transposed, [keys, queries]."""
     rows = start + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr, rows, stride_qs, S, HEAD_DIM, BLOCK_D, WIDE)
-    dout = load_rows(dout_ptr, rows, stride_dos, S, HEAD_DIM, BLOCK_D, WIDE)
+    q = load_rows(q_ptr, rows, stride_qs, S, HEAD_DIM, BLOCK_D)
+    dout = load_rows(dout_ptr, rows, stride_dos, S, HEAD_DIM, BLOCK_D)
     stats_ptr += rows
     m = tl.load(stats_ptr, mask=rows < S, other=0.0)
     norm = tl.load(stats_ptr + S, mask=rows < S, other=0.0)
@@ -155,7 +155,7 @@ def _attention_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     G, S, T, scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys, summed in turn over the GROUP heads that share them."""
@@ -164,12 +164,8 @@ def _attention_dkv_kernel(
     b, g = bg // G, bg % G
     H = G * GROUP
     cols = first + tl.arange(0, BLOCK_N)
-    k = load_rows(
-        k_ptr + b * stride_kb + g * stride_kh, cols, stride_kt, T, HEAD_DIM, BLOCK_D, WIDE
-    )
-    v = load_rows(
-        v_ptr + b * stride_vb + g * stride_vh, cols, stride_vt, T, HEAD_DIM, BLOCK_D, WIDE
-    )
+    k = load_rows(k_ptr + b * stride_kb + g * stride_kh, cols, stride_kt, T, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr + b * stride_vb + g * stride_vh, cols, stride_vt, T, HEAD_DIM, BLOCK_D)
     factor = scale * LOG2E
 
     # queries from `begin` see a key of this block, from `clear` on all of them
@@ -189,14 +185,14 @@ def _attention_dkv_kernel(
             dk, dv = _dkv_step(
                 dk, dv, k, v, q_h, dout_h, stats,
                 stride_qs, H * HEAD_DIM, cols, start, S, T, factor,
-                HEAD_DIM, CAUSAL, True, WIDE, BLOCK_M, BLOCK_D,
+                HEAD_DIM, CAUSAL, True, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         # keys beyond T are never stored, so this loop needs no mask
         for start in range(max(begin, clear), S, BLOCK_M):
             dk, dv = _dkv_step(
                 dk, dv, k, v, q_h, dout_h, stats,
                 stride_qs, H * HEAD_DIM, cols, start, S, T, factor,
-                HEAD_DIM, CAUSAL, False, WIDE, BLOCK_M, BLOCK_D,
+                HEAD_DIM, CAUSAL, False, BLOCK_M, BLOCK_D,
             )  # fmt: skip
 
     base = (b * T * G + g) * HEAD_DIM  # dk and dv lie as [B, T, G, D]
@@ -231,7 +227,6 @@ def attention_bwd(
         "GROUP": H // G,
         "HEAD_DIM": D,
         "CAUSAL": causal,
-        "WIDE": triton.knobs.runtime.interpret,
     }
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     dq_table, dkv_table = _tables(q.dtype)
@@ -257,7 +252,7 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
             (dq_blocks, dq_options), (dkv_blocks, dkv_options) = (
                 config(table, D) for table in _tables(dtype)
             )
-            fixed = {"GROUP": 4, "HEAD_DIM": D, "CAUSAL": True, "WIDE": False}
+            fixed = {"GROUP": 4, "HEAD_DIM": D, "CAUSAL": True}
             dq = signature(inputs | {"dq": dtype})
             dkv = signature(inputs | {"dk": dtype, "dv": dtype}, "G")
             found += [

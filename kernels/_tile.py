@@ -13,15 +13,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_rows(
-    ptr, rows, stride, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr
-):
+def load_rows(ptr, rows, stride, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows [rows, BLOCK_D], zero beyond length and HEAD_DIM."""
     d = tl.arange(0, BLOCK_D)
     mask = (rows < length)[:, None] & (d < HEAD_DIM)[None, :]
     # int64: row * stride passes 2^31 for long caches
-    x = tl.load(ptr + rows.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0.0)
-    return x.to(tl.float32) if WIDE else x
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit

@@ -3,8 +3,6 @@
 Dao 2023, arXiv:2307.08691, algorithm 1.  B batch, H query heads, G kv heads (GROUP = H / G),
 S queries, T keys, D head dim padded to BLOCK_D.  Under CAUSAL query i sees keys j <= i + T - S.
 Softmax and sums are float32 in base 2.  The backward is in _attention_bwd.py.
-
-WIDE casts dot operands to float32: Triton's interpreter computes nonsense in bfloat16.
 """
 
 import torch
@@ -33,19 +31,19 @@ __all__ = ["attention_bwd", "attention_fwd", "variants"]
 @triton.jit
 def _fwd_step(
     acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, factor,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the running output, maximum and sum."""
     cols = start + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, cols, stride_kt, T, HEAD_DIM, BLOCK_D, WIDE)
+    k = load_rows(k_ptr, cols, stride_kt, T, HEAD_DIM, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
     if MASK:
         s = tl.where(visible(rows[:, None], cols[None, :], S, T, CAUSAL), s, -float("inf"))
     top = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - top[:, None])
     alpha = tl.exp2(m - top)
-    v = load_rows(v_ptr, cols, stride_vt, T, HEAD_DIM, BLOCK_D, WIDE)
+    v = load_rows(v_ptr, cols, stride_vt, T, HEAD_DIM, BLOCK_D)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return acc, top, l * alpha + tl.sum(p, 1)
 
@@ -55,7 +53,7 @@ def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     H, S, T, scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head against all the keys they see."""
@@ -67,7 +65,7 @@ def _attention_fwd_kernel(
     k_ptr += b * stride_kb + h // GROUP * stride_kh
     v_ptr += b * stride_vb + h // GROUP * stride_vh
     rows = first + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr, rows, stride_qs, S, HEAD_DIM, BLOCK_D, WIDE)
+    q = load_rows(q_ptr, rows, stride_qs, S, HEAD_DIM, BLOCK_D)
     factor = scale * LOG2E
 
     m = tl.full((BLOCK_M,), LOWEST, tl.float32)
@@ -77,12 +75,12 @@ def _attention_fwd_kernel(
     for start in range(0, whole, BLOCK_N):
         acc, m, l = _fwd_step(
             acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, factor,
-            HEAD_DIM, CAUSAL, False, WIDE, BLOCK_N, BLOCK_D,
+            HEAD_DIM, CAUSAL, False, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for start in range(whole, end, BLOCK_N):
         acc, m, l = _fwd_step(
             acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, factor,
-            HEAD_DIM, CAUSAL, True, WIDE, BLOCK_N, BLOCK_D,
+            HEAD_DIM, CAUSAL, True, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
     out = acc / divisor(l, rows, S, T, CAUSAL)[:, None]
@@ -115,7 +113,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
         q, k, v, out,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         H, S, T, scale,
-        GROUP=H // G, HEAD_DIM=D, CAUSAL=causal, WIDE=triton.knobs.runtime.interpret,
+        GROUP=H // G, HEAD_DIM=D, CAUSAL=causal,
         **blocks, **options,
     )  # fmt: skip
     return out
@@ -128,7 +126,7 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
         types = signature(dict.fromkeys(("q", "k", "v", "out"), dtype))
         for D in (64, 128, 256):
             blocks, options = config(_table(dtype), D)
-            fixed = {"GROUP": 4, "HEAD_DIM": D, "CAUSAL": True, "WIDE": False}
+            fixed = {"GROUP": 4, "HEAD_DIM": D, "CAUSAL": True}
             few = blocks | {"BLOCK_M": 16}, options | {"num_warps": 4}
             for shape, launch in ((blocks, options), few):
                 found.append((_attention_fwd_kernel, types, fixed | shape, launch))

@@ -18,7 +18,6 @@ product of the CPU kernel up to float32 rounding.  On a GPU it exists to give th
 Every sum has a fixed order: results repeat bit for bit.
 """
 
-import os
 from functools import partial
 from typing import Any
 
@@ -29,13 +28,7 @@ from torch import Tensor
 
 GEMV_ROWS = 8
 SYMMETRIC, ZEROS, MINIMA = 0, 1, 2
-# The interpreter computes nonsense in bfloat16: there the products are float32.
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DOT_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.float32 if INTERPRET else tl.bfloat16,
-    torch.float16: tl.float32 if INTERPRET else tl.float16,
-}
+DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Proof without a GPU: the interpreter that tells the truth, traffic, offline compilation."""

@@ -1,0 +1,243 @@
+"""What the compiler makes of every Triton kernel, with no GPU: python -m tilewright.lab.compile.
+
+    python -m tilewright.lab.compile rms_norm attention --arch 80 90     one JSON line a variant
+    python -m tilewright.lab.compile --arch 90 --table                   a Markdown table
+
+Each kernel file's variants() is compiled for each architecture, and ptxas asked again about the PTX.
+A function jitted under TRITON_INTERPRET=1 cannot be compiled: this is a process of its own.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+WARP_REGISTERS = 256  # registers are given to a warp in lots of this
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Limits of one multiprocessor (CUDA C++ programming guide, table of compute capabilities)."""
+
+    warps: int
+    blocks: int
+    shared: int  # KiB, all blocks together; a block takes 1 KiB more than it asks for
+    block_shared: int  # KiB, one block
+    matrix: str  # its newest matrix instruction
+
+    def resident_warps(self, warps: int, registers: int, shared: int) -> int:
+        """Warps that fit at once, of blocks of `warps`, registers a thread, bytes of shared memory."""
+        a_warp = -(-registers * 32 // WARP_REGISTERS) * WARP_REGISTERS
+        blocks = min(
+            self.blocks,
+            self.warps // warps,
+            65536 // (a_warp * warps),
+            self.shared * 1024 // (shared + 1024),
+        )
+        return blocks * warps
+
+
+CHIPS = {
+    80: Chip(64, 32, 164, 163, "mma"),
+    86: Chip(48, 16, 100, 99, "mma"),
+    89: Chip(48, 24, 100, 99, "mma"),
+    90: Chip(64, 32, 228, 227, "wgmma"),
+    100: Chip(64, 32, 228, 227, "tcgen05"),
+    120: Chip(48, 24, 100, 99, "mma"),
+}
+MATRIX = {"tcgen05": r"tcgen05\.mma", "wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync"}
+
+
+@dataclass(frozen=True)
+class Built:
+    """One variant on one architecture; bytes, registers a thread, warps a multiprocessor."""
+
+    file: str
+    kernel: str
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    arch: int
+    error: str | None = None
+    registers: int = 0
+    spills: int = 0
+    stack: int = 0
+    shared: int = 0
+    resident_warps: int = 0
+    dot: str | None = None  # operands of tl.dot: bf16, f32 (tensor cores take none exactly), tf32
+    matrix: str | None = None  # the newest matrix instruction in it
+    loads: int = 0  # global loads, asynchronous copies included
+    wide_loads: int = 0  # of 16 bytes a thread
+    warnings: tuple[str, ...] = ()
+
+
+def files() -> list[str]:
+    """The kernel files that ship variants."""
+    paths = sorted(KERNELS.glob("*.py"))
+    return [path.stem for path in paths if "def variants(" in path.read_text()]
+
+
+def _assemble(ptx: str, arch: int) -> tuple[int, int, int, tuple[str, ...]]:
+    """Registers, bytes spilled, stack, and warnings, as ptxas says."""
+    import triton
+
+    tool = "ptxas-blackwell" if arch >= 100 else "ptxas"
+    ptxas = Path(triton.__path__[0], "backends/nvidia/bin", tool)
+    target = re.search(r"^\.target (\w+)", ptx, re.M)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [str(ptxas), "-v", f"--gpu-name={target[1]}", str(source)]
+        done = subprocess.run(
+            [*command, "-o", str(Path(folder) / "kernel.cubin")], capture_output=True, text=True
+        )
+    said = done.stdout + done.stderr
+    if done.returncode:
+        raise RuntimeError(f"ptxas: {said}")
+    registers = re.search(r"Used (\d+) registers", said)
+    frame = re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said
+    )
+    assert registers is not None and frame is not None, said
+    warnings = tuple(line for line in said.splitlines() if "serializ" in line or "warning" in line)
+    return int(registers[1]), int(frame[2]) + int(frame[3]), int(frame[1]), warnings
+
+
+def _operands(ttir: str) -> str | None:
+    dots = re.findall(r"tt\.dot (.*?) : tensor<[\dx]*x(\w+)>", ttir)
+    if not dots:
+        return None
+    return "tf32" if any("tf32" in said for said, _ in dots) else str(dots[0][1])
+
+
+def _is_wide(name: str, constants: dict[str, Any]) -> bool:
+    # FULL False: a group that no power of two divides
+    return name.startswith("stride_") or (
+        name in ("N", "K", "group", "width") and constants.get("FULL", True)
+    )
+
+
+def build(file: str, variant: tuple[Any, ...], arch: int) -> Built:
+    """Compile one variant; what went wrong is in `error`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, signature, constants, options = variant
+    about: dict[str, Any] = {
+        "file": file,
+        "kernel": kernel.__name__,
+        "constants": {k: v if isinstance(v, (int, str)) else str(v) for k, v in constants.items()},
+        "options": options,
+        "arch": arch,
+    }
+    # every argument that is not a constant is listed, and nothing else
+    missing = [n for n in kernel.arg_names if n not in signature and n not in constants]
+    extra = [n for n in (*signature, *constants) if n not in kernel.arg_names]
+    if missing or extra:
+        return Built(**about, error=f"variants() lacks {missing} and gives unknown {extra}")
+    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    # pointers 16-byte aligned, and row strides and widths multiples of 16, as for wide tensors
+    wide = {
+        (j,): [["tt.divisibility", 16]]
+        for j, (name, t) in enumerate(types.items())
+        if t.startswith("*") or (t != "constexpr" and _is_wide(name, constants))
+    }
+    try:
+        source = ASTSource(kernel, types, constants, wide)
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        ptx = built.asm["ptx"]
+        registers, spills, stack, warnings = _assemble(ptx, arch)
+    except Exception as error:  # the compiler's own kinds are not public
+        return Built(**about, error=f"{type(error).__name__}: {error}"[:2000])
+    shared, warps = built.metadata.shared, options.get("num_warps", 4)
+    loads = re.findall(r"^.*\b(?:ld\.global|cp\.async\.c[ag])\S*.*$", ptx, re.M)
+    return Built(
+        **about,
+        registers=registers,
+        spills=spills,
+        stack=stack,
+        shared=shared,
+        resident_warps=CHIPS[arch].resident_warps(warps, registers, shared),
+        dot=_operands(built.asm["ttir"]),
+        matrix=next((name for name, text in MATRIX.items() if re.search(text, ptx)), None),
+        loads=len(loads),
+        wide_loads=sum(bool(re.search(r"\.v4\.b32|\.v2\.b64|, 0x10\b|, 16\b", x)) for x in loads),
+        warnings=warnings,
+    )
+
+
+def built(names: Sequence[str], archs: Sequence[int]) -> Iterator[Built]:
+    """Every variant of the named kernel files on each architecture."""
+    for name in names:
+        for variant in importlib.import_module(f"tilewright.kernels.{name}").variants():
+            for arch in archs:
+                yield build(name, variant, arch)
+
+
+HEAD = (
+    "kernel",
+    "constants",
+    "sm",
+    "registers",
+    "spills",
+    "shared",
+    "warps",
+    "matrix",
+    "16-byte loads",
+)
+
+
+def table(rows: Sequence[Built]) -> str:
+    """Markdown, a line a variant and architecture."""
+    lines = [HEAD, ("---",) * len(HEAD)]
+    for row in rows:
+        constants = " ".join(f"{k}={v}" for k, v in row.constants.items())
+        lines.append(
+            (
+                f"`{row.kernel}`",
+                constants,
+                str(row.arch),
+                str(row.registers),
+                str(row.spills),
+                f"{row.shared / 1024:.1f} KiB",
+                f"{row.resident_warps} of {CHIPS[row.arch].warps}",
+                row.matrix or ("none" if row.dot else ""),
+                f"{row.wide_loads} of {row.loads}",
+            )
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tilewright.lab.compile", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="FILE", help="of kernels/; default: all")
+    parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100], choices=list(CHIPS))
+    parser.add_argument("--table", action="store_true", help="Markdown instead of JSON lines")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1: what it jits cannot be compiled")
+    unknown = sorted(set(options.names) - set(files()))
+    if unknown:
+        parser.error(f"no kernels/{unknown[0]}.py with variants(); there are {', '.join(files())}")
+    rows = []
+    for row in built(options.names or files(), options.arch):
+        rows.append(row)
+        if not options.table:
+            print(json.dumps(asdict(row)), flush=True)
+    if options.table:
+        print(table(rows))
+    return int(any(row.error for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,418 @@
+"""Triton's interpreter, made to tell the truth about kernels.
+
+`install()` mends the interpreter of this process (one started with TRITON_INTERPRET=1):
+
+- bfloat16 is right in arithmetic, reductions, scans, casts and tl.dot (upstream works on its bits as
+  integers); float8 casts round to nearest even and saturate, as PTX's do; tl.dot rounds float32
+  operands to TF32 where the kernel asks for it;
+- every address of a load, store or atomic lies in the storage of the argument it was made from;
+- no load reads memory that torch.empty gave out and nobody has written since;
+- no two programs store to one address, nor does one store what another loads, without an atomic;
+- programs run in an order shuffled by a seed;
+- bytes, distinct bytes, atomics and FLOPs of tl.dot are counted (`recording`).
+
+A fault raises KernelFault, which names kernel, program, argument and offset.  For the interpreters of
+triton 3.6 to 3.9: methods of the builder are replaced, and what they do not know is upstream's.
+"""
+
+import functools
+import inspect
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter as upstream
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tilewright.lab._memory import Allocations, KernelFault, Launch, Memory, watching_allocations
+
+__all__ = ["KernelFault", "Launch", "install", "recording", "seed", "watching"]
+
+FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+TF32 = upstream._ir.INPUT_PRECISION.TF32
+
+
+class _State:
+    """Of the interpreter: one launch at a time."""
+
+    def __init__(self) -> None:
+        self.fresh = Allocations()
+        self.memory: Memory | None = None
+        self.records: list[list[Launch]] = []
+        self.seed: int | None = 0
+        self.order: np.ndarray | None = None
+        self.patched: set[frozenset[Any]] = set()
+
+
+_state = _State()
+
+
+def _is_bf16(handle: Any) -> bool:
+    return getattr(handle, "dtype", None) is not None and handle.dtype.scalar == tl.bfloat16
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits, uint16 -> float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _narrow(x: np.ndarray) -> np.ndarray:
+    """float32 -> bfloat16 bits, to the nearest even."""
+    x = np.ascontiguousarray(x, np.float32)
+    bits = x.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def _tf32(x: np.ndarray) -> np.ndarray:
+    """float32 rounded to 10 bits of mantissa, to the nearest, ties away, as cvt.rna.tf32 does."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = ((bits + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isfinite(x), rounded, x)
+
+
+def _to_float32(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
+    if dtype == tl.bfloat16:
+        return _widen(data)
+    if dtype in FLOAT8:
+        bits = torch.from_numpy(np.ascontiguousarray(data))
+        return bits.view(FLOAT8[dtype]).to(torch.float32).numpy()
+    return data.astype(np.float32)
+
+
+def _to_float8(x: np.ndarray, dtype: tl.dtype) -> np.ndarray:
+    """float32 -> float8 bits, to the nearest even; beyond the range, the largest finite number."""
+    kind = FLOAT8[dtype]
+    most = torch.finfo(kind).max
+    t = torch.from_numpy(np.ascontiguousarray(x, np.float32))
+    return t.clamp(-most, most).to(kind).view(torch.uint8).numpy()
+
+
+class _Builder(upstream.InterpreterBuilder):
+    """upstream's builder with sound numbers and watched memory."""
+
+    # numbers
+
+    def get_bf16(self, value: float) -> Any:
+        return upstream.TensorHandle(_narrow(np.array([value], np.float32)), tl.bfloat16)
+
+    def _wide(self, op: Callable, *handles: Any) -> Any:
+        out = op(*(_widen(h.data) if _is_bf16(h) else h.data for h in handles))
+        return out if out.dtype == np.bool_ else _narrow(out)
+
+    def binary_op(self, lhs: Any, rhs: Any, op: Callable) -> Any:
+        if not _is_bf16(lhs):
+            with np.errstate(all="ignore"):
+                return super().binary_op(lhs, rhs, op)
+        with np.errstate(all="ignore"):
+            return upstream.TensorHandle(self._wide(op, lhs, rhs), tl.bfloat16)
+
+    def ternary_op(self, lhs: Any, rhs: Any, other: Any, op: Callable) -> Any:
+        if op is np.where or not _is_bf16(other):
+            return super().ternary_op(lhs, rhs, other, op)
+        return upstream.TensorHandle(self._wide(op, lhs, rhs, other), tl.bfloat16)
+
+    def unary_op(self, arg: Any, op: Callable) -> Any:
+        with np.errstate(all="ignore"):
+            if not _is_bf16(arg):
+                return super().unary_op(arg, op)
+            return upstream.TensorHandle(self._wide(op, arg), tl.bfloat16)
+
+    def create_fma(self, x: Any, y: Any, z: Any) -> Any:
+        if not _is_bf16(z):
+            return super().create_fma(x, y, z)
+        return upstream.TensorHandle(self._wide(lambda a, b, c: a * b + c, x, y, z), tl.bfloat16)
+
+    def create_erf(self, arg: Any) -> Any:
+        if not _is_bf16(arg):
+            return super().create_erf(arg)
+        return upstream.TensorHandle(self._wide(upstream.np_erf_fp32, arg), tl.bfloat16)
+
+    def create_rsqrt(self, arg: Any) -> Any:
+        return self.unary_op(arg, lambda x: 1 / np.sqrt(x))
+
+    def cast_impl(self, src: Any, dst_type: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == target or tl.bfloat16 not in (source, target):
+            with np.errstate(all="ignore"):
+                return super().cast_impl(src, dst_type)
+        if target == tl.bfloat16:
+            return upstream.TensorHandle(_narrow(src.data.astype(np.float32)), tl.bfloat16)
+        wide = upstream.TensorHandle(_widen(src.data), tl.float32)
+        with np.errstate(all="ignore"):
+            return super().cast_impl(wide, dst_type)
+
+    def create_fp_to_fp(self, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if rounding_mode == upstream._ir.ROUNDING_MODE.RTZ:
+            return super().create_fp_to_fp(src, dst_type, rounding_mode)
+        if target in FLOAT8 and (source not in FLOAT8):
+            data = _to_float8(_to_float32(src.data, source), target)
+        elif source in FLOAT8 or tl.bfloat16 in (source, target):
+            wide = _to_float32(src.data, source)
+            data = (
+                _narrow(wide)
+                if target == tl.bfloat16
+                else wide.astype(upstream._get_np_dtype(target))
+            )
+        else:
+            return super().create_fp_to_fp(src, dst_type, rounding_mode)
+        return upstream.TensorHandle(data, target)
+
+    def create_dot(self, a: Any, b: Any, d: Any, input_precision: Any, imprecise: Any) -> Any:
+        left, right = a.data, b.data
+        if a.dtype.scalar in FLOAT8 or _is_bf16(a):
+            left = _to_float32(left, a.dtype.scalar)
+        if b.dtype.scalar in FLOAT8 or _is_bf16(b):
+            right = _to_float32(right, b.dtype.scalar)
+        if input_precision == TF32 and left.dtype == np.float32 and not _is_bf16(a):
+            left, right = _tf32(left), _tf32(right)
+        if _state.memory is not None:
+            _state.memory.launch.dot_flops += 2 * left.size * right.shape[-1]
+        with np.errstate(all="ignore"):
+            if not _is_bf16(d):
+                out = np.matmul(left, right, dtype=d.data.dtype) + d.data
+                return upstream.TensorHandle(out, d.dtype.scalar)
+            out = np.matmul(left, right, dtype=np.float32) + _widen(d.data)
+        return upstream.TensorHandle(_narrow(out), tl.bfloat16)
+
+    # programs
+
+    def set_grid_dim(self, nx: int, ny: int, nz: int) -> None:
+        super().set_grid_dim(nx, ny, nz)
+        memory, count = _state.memory, nx * ny * nz
+        _state.order = None
+        if memory is not None:
+            memory.launch.grid = (nx, ny, nz)
+            if _state.seed is not None:
+                start = [_state.seed, zlib.crc32(memory.launch.kernel.encode())]
+                _state.order = np.random.default_rng(start).permutation(count)
+
+    def set_grid_idx(self, x: int, y: int, z: int) -> None:
+        _, ny, nz = self.grid_dim
+        number = (x * ny + y) * nz + z
+        if _state.order is not None:
+            number = int(_state.order[number])
+        rest, z = divmod(number, nz)
+        x, y = divmod(rest, ny)
+        super().set_grid_idx(x, y, z)
+        if _state.memory is not None:
+            _state.memory.program, _state.memory.me = (x, y, z), number + 1
+
+    # memory
+
+    def _watch(self, kind: str, ptrs: Any, mask: Any) -> None:
+        memory = _state.memory
+        if memory is None:
+            return
+        size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
+        address = np.asarray(ptrs.data)
+        chosen = None if mask is None else np.asarray(mask.data)
+        if chosen is None or chosen.all():
+            address = address.ravel()
+        else:
+            address = address[np.broadcast_to(chosen, address.shape)]
+        if address.size:
+            getattr(memory, kind)(address, size, _argument(ptrs))
+
+    def create_masked_load(self, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
+        self._watch("load", ptrs, mask)
+        return super().create_masked_load(ptrs, mask, other, *rest)
+
+    def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        self._watch("store", ptrs, mask)
+        return super().create_masked_store(ptrs, value, mask, *rest)
+
+    def create_atomic_rmw(self, rmw: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
+        self._watch("atomic", ptr, mask)
+        return super().create_atomic_rmw(rmw, ptr, val, mask, *rest)
+
+    def create_atomic_cas(self, ptr: Any, *rest: Any) -> Any:
+        self._watch("atomic", ptr, None)
+        return super().create_atomic_cas(ptr, *rest)
+
+
+def _argument(handle: Any) -> str | None:
+    """The argument a pointer was made from: remembered on the way, or the one that begins there."""
+    name: str | None = handle.attr.get("argument")
+    if name is None and _state.memory is not None and handle.data.size == 1:
+        name = _state.memory.name_at(int(handle.data.flat[0]))
+    return name
+
+
+def _remembering(name: str, position: int) -> Callable:
+    """The builder's method, whose result keeps the argument its pointer operand was made from."""
+    original = getattr(upstream.InterpreterBuilder, name)
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        source = args[position]
+        if _state.memory is not None and isinstance(source.dtype, tl.pointer_type):
+            argument = _argument(source)
+            if argument is not None:
+                result.set_attr("argument", argument)
+        return result
+
+    return method
+
+
+for _name, _position in (
+    ("create_addptr", 0),
+    ("create_bitcast", 0),
+    ("create_splat", 1),
+    ("create_unsplat", 0),
+    ("create_broadcast", 0),
+    ("create_expand_dims", 0),
+    ("create_reshape", 0),
+    ("create_trans", 0),
+):
+    if hasattr(upstream.InterpreterBuilder, _name):
+        setattr(_Builder, _name, _remembering(_name, _position))
+
+
+def _tensors(arguments: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in arguments.items():
+        if isinstance(value, tuple):
+            yield from _tensors({f"{name}[{i}]": v for i, v in enumerate(value)})
+        elif isinstance(value, TensorDescriptor):
+            yield from _tensors({name: value.base})
+        elif hasattr(value, "data_ptr"):
+            yield name, upstream._unwrap_tensor(value)
+
+
+def _cause(error: BaseException | None) -> KernelFault | None:
+    while error is not None and not isinstance(error, KernelFault):
+        error = error.__cause__
+    return error
+
+
+def _watched_call(original: Callable) -> Callable:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launch = Launch(self.fn.__name__)
+        memory = _state.memory = Memory(launch, _state.fresh)
+        try:
+            result = original(self, *args, **kwargs)
+        except upstream.InterpreterError as error:
+            fault = _cause(error)
+            if fault is None:
+                raise
+            raise fault from None
+        finally:
+            _state.memory = _state.order = None
+        memory.close()
+        for records in _state.records:
+            records.append(launch)
+        return result
+
+    return call
+
+
+def _watched_arguments(original: Callable) -> Callable:
+    def call(self: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = original(self, args, kwargs)
+        assert _state.memory is not None
+        for name, t in _tensors(inspect.getcallargs(self.fn, *args, **kwargs)):
+            _state.memory.add(name, t)
+        return args, kwargs
+
+    return call
+
+
+class _Nothing:
+    def restore(self) -> None:
+        pass
+
+
+def _patched_once(original: Callable) -> Callable:
+    """Upstream patches triton.language at each call of a device function; once will do."""
+
+    def patch(fn: Any) -> Any:
+        modules = (tl, tl.core)
+        seen = frozenset(id(m) for m in fn.__globals__.values() if any(m is k for k in modules))
+        if seen not in _state.patched:
+            original(fn)  # never restored: this process interprets, and does nothing else
+            _state.patched.add(seen)
+            tl.core.tensor.__index__ = lambda self: int(self.handle.data.item())
+        return _Nothing()
+
+    return patch
+
+
+def _sound_apply(original: Callable) -> Callable:
+    """Reductions and scans of bfloat16, in float32 and rounded once."""
+
+    def apply_impl(self: Any, input: Any) -> Any:
+        if not any(t.dtype.scalar == tl.bfloat16 for t in input):
+            with np.errstate(all="ignore"):
+                return original(self, input)
+        wide = tuple(
+            self.to_tensor(_widen(t.handle.data), tl.float32) if _is_bf16(t.handle) else t
+            for t in input
+        )
+        out = original(self, wide)
+        parts = list(out) if isinstance(out, (list, tuple)) else [out]
+        for i, (t, was) in enumerate(zip(parts, input, strict=False)):
+            if _is_bf16(was.handle) and t.dtype.scalar == tl.float32:
+                kind = tl.block_type(tl.bfloat16, t.shape) if t.type.is_block() else tl.bfloat16
+                handle = upstream.TensorHandle(_narrow(t.handle.data), tl.bfloat16)
+                parts[i] = tl.core.tensor(handle, kind)
+        return parts if isinstance(out, (list, tuple)) else parts[0]
+
+    return apply_impl
+
+
+def install() -> None:
+    """Mend the interpreter of this process; again is nothing."""
+    builder = upstream.interpreter_builder
+    if isinstance(builder, _Builder):
+        return
+    builder.__class__ = _Builder
+    executor = upstream.GridExecutor
+    executor.__call__ = _watched_call(executor.__call__)
+    executor._init_args_hst = _watched_arguments(executor._init_args_hst)
+    upstream._patch_lang = _patched_once(upstream._patch_lang)
+    for kind in (upstream.ReduceOps, upstream.ScanOps):
+        kind.apply_impl = _sound_apply(kind.apply_impl)
+
+
+@contextmanager
+def watching() -> Iterator[None]:
+    """Within it, memory that torch.empty and its like give out must be written before it is read."""
+    places = watching_allocations(_state.fresh)
+    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in places]
+    for owner, name, watched in places:
+        setattr(owner, name, watched)
+    try:
+        yield
+    finally:
+        for owner, name, original in before:
+            if original is None:  # inherited
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """The launches made within it."""
+    records: list[Launch] = []
+    _state.records.append(records)
+    try:
+        yield records
+    finally:
+        _state.records.remove(records)
+
+
+@contextmanager
+def seed(number: int | None) -> Iterator[None]:
+    """Within it, programs run in this shuffle; None: in the grid's order."""
+    before, _state.seed = _state.seed, number
+    try:
+        yield
+    finally:
+        _state.seed = before

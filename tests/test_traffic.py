@@ -1,0 +1,265 @@
+"""What each kernel moves, counted in the interpreter, against the least its mathematics needs and
+against what its tiles may read again.
+
+The least is each benchmark's `cost`, plus what the forward keeps for the backward (rstd).  What may be
+loaded again is a formula in the sizes and the tile's shape, here beside the op.  A kernel that
+visits tiles outside its mask exceeds both its loads and its FLOPs.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.triton
+
+ROOT = Path(__file__).resolve().parents[1]
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def interpreter():
+    from triton import knobs
+
+    if not knobs.runtime.interpret:
+        pytest.fail("runs under TRITON_INTERPRET=1")
+    from tilewright.lab import interpreter as lab
+
+    lab.install()
+    return lab
+
+
+def definition(op: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(op, ROOT / f"benchmarks/bench_{op}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+# op -> formula of (sizes, bytes an element): the most bytes the forward loads
+
+
+def norm_loads(inputs: int) -> Callable[..., int]:
+    def most(e: int, *, M: int, N: int) -> int:
+        from tilewright.kernels.rms_norm import TILE, WHOLE_FWD
+
+        if N > WHOLE_FWD:  # rows in tiles, read twice (never what the first pass stored: it may not
+            return (2 * inputs * M * N + M * N) * e  # be visible yet), the weight once a row
+        rows = min(power(M), max(1, TILE // power(N)))
+        return (inputs * M * N + ceil(M / rows) * N) * e  # the weight once a block of rows
+
+    return most
+
+
+def glu_loads(e: int, *, rows: int, width: int, packed: bool) -> int:
+    return 2 * rows * width * e
+
+
+def rope_loads(e: int, *, tokens: int, heads: int, dim: int, interleaved: bool = False) -> int:
+    return tokens * heads * (dim + dim) * e  # the tables once a head
+
+
+def attention_tiles(e: int, S: int, T: int, D: int) -> tuple[int, int, int, list[int]]:
+    """BLOCK_M, BLOCK_N, BLOCK_D, and the keys each block of queries visits."""
+    from tilewright.kernels._tile import config
+    from tilewright.kernels.attention import _table
+
+    blocks, _ = config(_table(FP32 if e == 4 else BF16), D)
+    m, n = (16 if S <= 16 else blocks["BLOCK_M"]), blocks["BLOCK_N"]
+    ends = [min(first + m + T - S, T) for first in range(0, S, m)]
+    return m, n, blocks["BLOCK_D"], [ceil(end / n) * n for end in ends]
+
+
+def attention_loads(e: int, *, B: int, H: int, G: int, S: int, T: int, D: int) -> int:
+    *_, visited = attention_tiles(e, S, T, D)
+    return B * H * (S + 2 * sum(min(keys, T) for keys in visited)) * D * e
+
+
+def attention_flops(e: int, *, B: int, H: int, G: int, S: int, T: int, D: int) -> int:
+    m, _, d, visited = attention_tiles(e, S, T, D)
+    return B * H * sum(visited) * m * d * 4
+
+
+def quant_tiles(e: int, M: int, K: int) -> dict[str, int]:
+    from tilewright.kernels import quant_linear as q
+
+    if M <= q.GEMV_ROWS:
+        return q._gemv_tiles(M, 32)[0] | {"BLOCK_M": M}
+    return q._gemm_tiles(M, FP32 if e == 4 else BF16, 32)[0]
+
+
+def quant_loads(e: int, *, M: int, N: int, K: int, bits: int) -> int:
+    t = quant_tiles(e, M, K)
+    tiles = K // 32 * ceil(32 / t["BLOCK_K"])
+    weight = N * K * bits // 8 + N * tiles * 2 * (2 if bits == 4 else 1)
+    # a weight once a block of rows, the rows once a block of outputs
+    return ceil(M / t["BLOCK_M"]) * weight + ceil(N / t["BLOCK_N"]) * M * K * e
+
+
+def quant_flops(e: int, *, M: int, N: int, K: int, bits: int) -> int:
+    if M <= 8:
+        return 0  # no tensor cores
+    t = quant_tiles(e, M, K)
+    rows, columns = ceil(M / t["BLOCK_M"]) * t["BLOCK_M"], ceil(N / t["BLOCK_N"]) * t["BLOCK_N"]
+    return 2 * rows * columns * K
+
+
+NORM = ({"M": 5, "N": 96}, {"M": 70, "N": 33}, {"M": 2, "N": 20000})
+GLU = (
+    {"rows": 5, "width": 96, "packed": False},
+    {"rows": 3, "width": 1500, "packed": True},
+)
+CASES: dict[str, tuple[tuple[dict[str, Any], ...], Callable[..., int], Callable[..., int] | None]]
+CASES = {
+    "rms_norm": (NORM, norm_loads(1), None),
+    "add_rms_norm": (NORM, norm_loads(2), None),
+    "swiglu": (GLU, glu_loads, None),
+    "geglu": (GLU, glu_loads, None),
+    "rope": (
+        (
+            {"tokens": 33, "heads": 3, "dim": 64},
+            {"tokens": 7, "heads": 5, "dim": 80, "interleaved": True},
+        ),
+        rope_loads,
+        None,
+    ),
+    "attention": (
+        (
+            {"B": 1, "H": 4, "G": 2, "S": 150, "T": 150, "D": 64},
+            {"B": 2, "H": 2, "G": 1, "S": 40, "T": 170, "D": 48},
+            {"B": 1, "H": 3, "G": 3, "S": 1, "T": 100, "D": 128},
+        ),
+        attention_loads,
+        attention_flops,
+    ),
+    "quant_linear": (
+        (
+            {"M": 1, "N": 40, "K": 192, "bits": 4},
+            {"M": 5, "N": 33, "K": 96, "bits": 8},
+            {"M": 70, "N": 70, "K": 64, "bits": 4},
+        ),
+        quant_loads,
+        quant_flops,
+    ),
+}
+KEPT = {"rms_norm", "add_rms_norm"}  # forwards that keep one float32 a row for their backward
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize(
+    "op, sizes",
+    [(op, sizes) for op, (shapes, *_) in CASES.items() for sizes in shapes],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_forward(op, sizes, dtype, interpreter):
+    bench = definition(op)
+    _, most_loaded, flops = CASES[op]
+    inputs = bench.inputs(dtype, "cpu", **sizes)
+    with interpreter.recording() as launches, torch.no_grad():
+        bench.PROVIDERS["tilewright"](**inputs)
+    least, _ = bench.cost(dtype, **sizes)
+    if op in KEPT:
+        least += 4 * sizes["M"]
+    loaded = sum(launch.bytes_loaded for launch in launches)
+    stored = sum(launch.bytes_stored for launch in launches)
+    distinct = sum(
+        launch.distinct_bytes_loaded + launch.distinct_bytes_stored for launch in launches
+    )
+    assert distinct <= least
+    assert stored == sum(launch.distinct_bytes_stored for launch in launches)  # nothing twice
+    assert loaded <= most_loaded(dtype.itemsize, **sizes)
+    done = sum(launch.dot_flops for launch in launches)
+    assert done == (flops(dtype.itemsize, **sizes) if flops else 0)
+
+
+# op -> formula of (sizes, bytes an element): least distinct bytes, most loaded, stored, tl.dot's FLOPs
+
+
+def norm_backward(inputs: int) -> Callable[..., tuple[int, int, int, int]]:
+    def counts(e: int, *, M: int, N: int) -> tuple[int, int, int, int]:
+        from tilewright.kernels.rms_norm import DW_PROGRAMS, TILE, WHOLE_BWD
+
+        assert N <= WHOLE_BWD
+        tiles = ceil(M / min(power(M), max(1, TILE // power(N))))
+        programs = ceil(tiles / ceil(tiles / DW_PROGRAMS))
+        # dy, x (and the residual's gradient), rstd; dx, and a float32 partial dw a program
+        rows, partial = inputs * M * N * e + 4 * M, 4 * programs * N
+        stored = M * N * e + partial
+        return rows + N * e + stored, rows + programs * N * e, stored, 0
+
+    return counts
+
+
+def glu_backward(e: int, *, rows: int, width: int, packed: bool) -> tuple[int, int, int, int]:
+    n = rows * width * e
+    return 5 * n, 3 * n, 2 * n, 0
+
+
+def rope_backward(e: int, **sizes: int) -> tuple[int, int, int, int]:
+    n = sizes["tokens"] * sizes["heads"] * sizes["dim"] * e
+    return 2 * n + sizes["tokens"] * sizes["dim"] * e, rope_loads(e, **sizes), n, 0
+
+
+def quant_backward(e: int, *, M: int, N: int, K: int, bits: int) -> tuple[int, int, int, int]:
+    from tilewright.kernels.quant_linear import _dgrad_tiles
+
+    t = _dgrad_tiles(M, FP32 if e == 4 else BF16, 32)[0]
+    tiles, blocks = K // 32 * ceil(32 / t["BLOCK_K"]), ceil(M / t["BLOCK_M"])
+    codes, scales = N * K * bits // 8, N * 2 * (2 if bits == 4 else 1)
+    least = codes + scales * (K // 32) + M * (N + K) * e
+    # the weight once a block of rows, dy once a tile of columns
+    loaded = blocks * (codes + scales * tiles) + tiles * M * N * e
+    columns = tiles * t["BLOCK_K"]
+    flops = 2 * blocks * t["BLOCK_M"] * ceil(N / t["BLOCK_N"]) * t["BLOCK_N"] * columns
+    return least, loaded, M * K * e, flops
+
+
+BACKWARD: dict[str, tuple[tuple[dict[str, Any], ...], Callable[..., tuple[int, int, int, int]]]]
+BACKWARD = {
+    "rms_norm": (NORM[:2], norm_backward(2)),
+    "add_rms_norm": (NORM[:2], norm_backward(3)),
+    "swiglu": (GLU, glu_backward),
+    "geglu": (GLU, glu_backward),
+    "rope": (CASES["rope"][0], rope_backward),
+    "quant_linear": (CASES["quant_linear"][0], quant_backward),
+}
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize(
+    "op, sizes",
+    [(op, sizes) for op, (shapes, _) in BACKWARD.items() for sizes in shapes],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_backward(op, sizes, dtype, interpreter):
+    bench = definition(op)
+    inputs = bench.inputs(dtype, "cpu", **sizes)
+    outputs = bench.PROVIDERS["tilewright"](**inputs)
+    leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    with interpreter.recording() as launches:
+        torch.autograd.grad(outputs, leaves, [torch.randn_like(y) for y in outputs])
+    least, most_loaded, stored, flops = BACKWARD[op][1](dtype.itemsize, **sizes)
+    distinct = sum(
+        launch.distinct_bytes_loaded + launch.distinct_bytes_stored for launch in launches
+    )
+    assert distinct <= least
+    assert sum(launch.bytes_loaded for launch in launches) <= most_loaded
+    assert sum(launch.bytes_stored for launch in launches) == stored
+    assert sum(launch.dot_flops for launch in launches) == flops
+
+
+def test_every_op_is_counted():
+    from tilewright import ops
+
+    assert sorted(CASES) == sorted(ops.__all__)
