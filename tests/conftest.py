@@ -10,14 +10,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "triton: launches Triton kernels, on a GPU or interpreted")
+    config.addinivalue_line("markers", "interpreted: of Triton's interpreter, wherever it runs")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU, tests of Triton launchers belong to the pass under TRITON_INTERPRET=1, which
-    runs every one of them; the passes over the C++ kernels deselect them, and say how many."""
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    """Tests of the interpreter, and without a GPU those of Triton launchers, belong to the pass under
+    TRITON_INTERPRET=1, which runs every one of them; the others deselect them, and say how many."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
         return
-    elsewhere = [item for item in items if item.get_closest_marker("triton")]
+    markers = {"interpreted"} if torch.cuda.is_available() else {"interpreted", "triton"}
+    elsewhere = [item for item in items if markers & {mark.name for mark in item.iter_markers()}]
     if elsewhere:
         config.hook.pytest_deselected(items=elsewhere)
         items[:] = [item for item in items if item not in set(elsewhere)]

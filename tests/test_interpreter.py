@@ -7,15 +7,11 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-pytestmark = pytest.mark.triton
+pytestmark = pytest.mark.interpreted
 
 
 @pytest.fixture(autouse=True)
 def interpreter():
-    from triton import knobs
-
-    if not knobs.runtime.interpret:
-        pytest.fail("runs under TRITON_INTERPRET=1")
     from tilewright.lab import interpreter as lab
 
     lab.install()
