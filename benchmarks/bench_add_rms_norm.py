@@ -51,3 +51,8 @@ PROVIDERS = {
 def cost(dtype: torch.dtype, *, M: int, N: int) -> tuple[int, int]:
     """Least bytes (x, residual, weight read; y, h written) and FLOPs of the forward pass."""
     return (4 * M * N + N) * dtype.itemsize, 5 * M * N
+
+
+def backward_cost(dtype: torch.dtype, *, M: int, N: int) -> tuple[int, int]:
+    """Least bytes (dy, dh, h, weight and a float32 statistic a row read; dx, dw written) and FLOPs."""
+    return (4 * M * N + 2 * N) * dtype.itemsize + 4 * M, 9 * M * N

@@ -49,3 +49,11 @@ def cost(dtype: torch.dtype, *, B: int, H: int, G: int, S: int, T: int, D: int) 
     """Least bytes moved, and FLOPs of the visible half under the causal mask."""
     pairs = S * T - S * (S - 1) // 2
     return (2 * B * H * S * D + 2 * B * G * T * D) * dtype.itemsize, 4 * B * H * pairs * D
+
+
+def backward_cost(
+    dtype: torch.dtype, *, B: int, H: int, G: int, S: int, T: int, D: int
+) -> tuple[int, int]:
+    """q, k, v, dout read, dq, dk, dv written; five products of the visible half."""
+    pairs = S * T - S * (S - 1) // 2
+    return (3 * B * H * S * D + 4 * B * G * T * D) * dtype.itemsize, 10 * B * H * pairs * D

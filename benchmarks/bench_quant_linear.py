@@ -50,3 +50,8 @@ def cost(dtype: torch.dtype, *, M: int, N: int, K: int, bits: int) -> tuple[int,
     """Forward: codes and scales (and minima) read once, x read, y written."""
     weight = N * K * bits // 8 + N * (K // GROUP) * 2 * (2 if bits == 4 else 1)
     return weight + M * (K + N) * dtype.itemsize, 2 * M * N * K
+
+
+def backward_cost(dtype: torch.dtype, *, M: int, N: int, K: int, bits: int) -> tuple[int, int]:
+    """dx alone: what the forward costs, dy in y's place and dx in x's."""
+    return cost(dtype, M=M, N=N, K=K, bits=bits)

@@ -56,3 +56,8 @@ PROVIDERS = {
 def cost(dtype: torch.dtype, *, M: int, N: int) -> tuple[int, int]:
     """Least bytes (x read, y written, weight read) and FLOPs of the forward pass."""
     return (2 * M * N + N) * dtype.itemsize, 4 * M * N
+
+
+def backward_cost(dtype: torch.dtype, *, M: int, N: int) -> tuple[int, int]:
+    """Least bytes (dy, x, weight and a float32 statistic a row read; dx, dw written) and FLOPs."""
+    return (3 * M * N + 2 * N) * dtype.itemsize + 4 * M, 8 * M * N

@@ -62,3 +62,10 @@ def cost(
 ) -> tuple[int, int]:
     """Forward: x read, y written, each table read once; two products and a sum an element."""
     return tokens * dim * (2 * heads + 1) * dtype.itemsize, 3 * tokens * heads * dim
+
+
+def backward_cost(
+    dtype: torch.dtype, *, tokens: int, heads: int, dim: int, interleaved: bool = False
+) -> tuple[int, int]:
+    """The rotation back: what the forward costs."""
+    return cost(dtype, tokens=tokens, heads=heads, dim=dim, interleaved=interleaved)

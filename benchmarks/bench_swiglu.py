@@ -45,3 +45,8 @@ PROVIDERS: dict[str, Callable] = {
 def cost(dtype: torch.dtype, *, rows: int, width: int, packed: bool) -> tuple[int, int]:
     """Forward: gate and up read, y written; an exponential and a division count as one each."""
     return 3 * rows * width * dtype.itemsize, 5 * rows * width
+
+
+def backward_cost(dtype: torch.dtype, *, rows: int, width: int, packed: bool) -> tuple[int, int]:
+    """dy, gate and up read, their gradients written."""
+    return 5 * rows * width * dtype.itemsize, 10 * rows * width

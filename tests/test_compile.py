@@ -95,7 +95,7 @@ def test_a_table(tmp_path: Path):
     done = run("swiglu", "--arch", "90", "--table", cache=tmp_path)
     assert done.returncode == 0, done.stderr
     head, _, *rows = done.stdout.splitlines()
-    assert head.startswith("| kernel | constants | sm | registers |")
+    assert head.startswith("| kernel | types | constants | sm | registers |")
     assert rows and all("| 90 |" in row and "KiB" in row for row in rows)
 
 

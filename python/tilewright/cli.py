@@ -1,4 +1,4 @@
-"""`tilewright generate | verify | doctor | bench`.
+"""`tilewright generate | verify | doctor | bench | inspect`.
 
 What a user got wrong is one line on stderr and exit code 2; a fault that `doctor` or `verify` finds
 is exit code 1.  Each command imports what it needs, so `--help` and `doctor` work without the
@@ -271,6 +271,67 @@ def bench(
         console.print(harness.table(report))
         where = harness.write(report, output or directory / "results")
         console.print(f"written to {where}", markup=False)
+
+
+class Arch(str, Enum):
+    sm_80 = "sm_80"
+    sm_86 = "sm_86"
+    sm_89 = "sm_89"
+    sm_90 = "sm_90"
+    sm_100 = "sm_100"
+    sm_120 = "sm_120"
+
+
+class ShortDType(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@app.command()
+def inspect(
+    op: Annotated[str, typer.Argument(help="Such as rms_norm.")],
+    shape: Annotated[
+        str, typer.Option(help="Sizes in the op's order, 8192x4096; flags as ,packed=1.")
+    ],
+    arch: Annotated[Arch, typer.Option(help="Architecture to compile for.")] = Arch.sm_90,
+    dtype: Annotated[ShortDType, typer.Option()] = ShortDType.bf16,
+    backward: Annotated[bool, typer.Option("--backward", help="The gradient's kernels.")] = False,
+    programs: Annotated[
+        int, typer.Option(min=1, help="Of a larger grid, interpret so many.")
+    ] = 16384,
+    directory: Annotated[Path, typer.Option(help="Where bench_<name>.py are.")] = Path(
+        "benchmarks"
+    ),
+    as_json: JsonOption = False,
+    ptx: Annotated[bool, typer.Option("--ptx", help="Print the PTX instead.")] = False,
+    sass: Annotated[bool, typer.Option("--sass", help="Print the SASS instead.")] = False,
+) -> None:
+    """What an op's kernels move, compile to and could at best take, without a GPU."""
+    from tilewright.bench import harness, inspection
+
+    (definition,) = harness.discover(directory, [op])
+    if not hasattr(definition, "OP"):
+        raise ValueError(f"{op} is a measurement, not an op")
+    if ptx + sass + as_json > 1:
+        raise ValueError("--ptx, --sass and --json exclude each other")
+    wanted: dict[str, Any] = {
+        "sizes": inspection.sizes_of(definition, shape),
+        "dtype": dtype.value,
+        "arch": int(arch.value.removeprefix("sm_")),
+        "backward": backward,
+        "programs": programs,
+    }
+    if ptx or sass:
+        typer.echo(inspection.code(definition, "ptx" if ptx else "sass", **wanted))
+        return
+    report = inspection.inspect(definition, **wanted)
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    console = Console()
+    for table in inspection.tables(report):
+        console.print(table)
 
 
 def _one_line(problem: BaseException) -> str:

@@ -26,7 +26,14 @@ class Launch:
     """What one launch did, in bytes of the elements not masked off, and FLOPs of tl.dot."""
 
     kernel: str
+    module: str = ""
     grid: tuple[int, int, int] = (0, 0, 0)
+    programs: int = 0  # interpreted: all of the grid's, but under sampling
+    # what Triton would specialise on: types by argument, constants, options, multiples of 16
+    signature: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    divisible: list[str] = field(default_factory=list)
     bytes_loaded: int = 0
     bytes_stored: int = 0
     distinct_bytes_loaded: int = 0

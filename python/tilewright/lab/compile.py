@@ -3,7 +3,8 @@
     python -m tilewright.lab.compile rms_norm attention --arch 80 90     one JSON line a variant
     python -m tilewright.lab.compile --arch 90 --table                   a Markdown table
 
-Each kernel file's variants() is compiled for each architecture, and ptxas asked again about the PTX.
+Each kernel file's variants() is compiled for each architecture, and ptxas asked again about the PTX;
+so is, in a checkout and where nvcc is, every entry of csrc/cuda/*.cu.
 A function jitted under TRITON_INTERPRET=1 cannot be compiled: this is a process of its own.
 """
 
@@ -12,15 +13,17 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+CUDA = Path(__file__).resolve().parents[3] / "csrc/cuda"
 WARP_REGISTERS = 256  # registers are given to a warp in lots of this
 
 
@@ -66,13 +69,14 @@ class Built:
     constants: dict[str, Any]
     options: dict[str, Any]
     arch: int
+    types: str = ""  # of what its pointers point to, in order: "bf16 fp32"
     error: str | None = None
     registers: int = 0
     spills: int = 0
     stack: int = 0
     shared: int = 0
     resident_warps: int = 0
-    dot: str | None = None  # operands of tl.dot: bf16, f32 (tensor cores take none exactly), tf32
+    dot: str | None = None  # operands of tl.dot: bf16, f32 (no tensor core's), tf32, tf32x3, ...
     matrix: str | None = None  # the newest matrix instruction in it
     loads: int = 0  # global loads, asynchronous copies included
     wide_loads: int = 0  # of 16 bytes a thread
@@ -83,6 +87,11 @@ def files() -> list[str]:
     """The kernel files that ship variants."""
     paths = sorted(KERNELS.glob("*.py"))
     return [path.stem for path in paths if "def variants(" in path.read_text()]
+
+
+def cuda_files() -> list[str]:
+    """The CUDA C++ sources that can be compiled here, as "quant_linear.cu"."""
+    return sorted(path.name for path in CUDA.glob("*.cu")) if shutil.which("nvcc") else []
 
 
 def _assemble(ptx: str, arch: int) -> tuple[int, int, int, tuple[str, ...]]:
@@ -116,7 +125,10 @@ def _operands(ttir: str) -> str | None:
     dots = re.findall(r"tt\.dot (.*?) : tensor<[\dx]*x(\w+)>", ttir)
     if not dots:
         return None
-    return "tf32" if any("tf32" in said for said, _ in dots) else str(dots[0][1])
+    for kind in ("tf32x3", "tf32"):
+        if any(kind in said for said, _ in dots):
+            return kind
+    return str(dots[0][1])
 
 
 def _is_wide(name: str, constants: dict[str, Any]) -> bool:
@@ -126,41 +138,56 @@ def _is_wide(name: str, constants: dict[str, Any]) -> bool:
     )
 
 
-def build(file: str, variant: tuple[Any, ...], arch: int) -> Built:
-    """Compile one variant; what went wrong is in `error`."""
+def compiled(variant: tuple[Any, ...], arch: int, divisible: Collection[str] | None = None) -> Any:
+    """Triton's compiled kernel of a variant (kernel, signature, constants, options).
+
+    `divisible` names the arguments that are multiples of 16; None: every pointer, row stride and
+    width, as for wide tensors.  ValueError where the variant does not fit the kernel.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel, signature, constants, options = variant
+    # every argument that is not a constant is listed, and nothing else
+    missing = [n for n in kernel.arg_names if n not in signature and n not in constants]
+    extra = [n for n in (*signature, *constants) if n not in kernel.arg_names]
+    if missing or extra:
+        raise ValueError(f"variants() lacks {missing} and gives unknown {extra}")
+    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    if divisible is None:
+        divisible = [
+            name
+            for name, t in types.items()
+            if t.startswith("*") or (t != "constexpr" and _is_wide(name, constants))
+        ]
+    wide = {(j,): [["tt.divisibility", 16]] for j, name in enumerate(types) if name in divisible}
+    source = ASTSource(kernel, types, constants, wide)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def build(
+    file: str, variant: tuple[Any, ...], arch: int, divisible: Collection[str] | None = None
+) -> Built:
+    """Compile one variant (see compiled); what went wrong is in `error`."""
+    kernel, signature, constants, options = variant
+    pointees = dict.fromkeys(t[1:] for t in signature.values() if t.startswith("*"))
     about: dict[str, Any] = {
         "file": file,
         "kernel": kernel.__name__,
         "constants": {k: v if isinstance(v, (int, str)) else str(v) for k, v in constants.items()},
         "options": options,
         "arch": arch,
-    }
-    # every argument that is not a constant is listed, and nothing else
-    missing = [n for n in kernel.arg_names if n not in signature and n not in constants]
-    extra = [n for n in (*signature, *constants) if n not in kernel.arg_names]
-    if missing or extra:
-        return Built(**about, error=f"variants() lacks {missing} and gives unknown {extra}")
-    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    # pointers 16-byte aligned, and row strides and widths multiples of 16, as for wide tensors
-    wide = {
-        (j,): [["tt.divisibility", 16]]
-        for j, (name, t) in enumerate(types.items())
-        if t.startswith("*") or (t != "constexpr" and _is_wide(name, constants))
+        "types": " ".join(pointees),
     }
     try:
-        source = ASTSource(kernel, types, constants, wide)
-        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        built = compiled(variant, arch, divisible)
         ptx = built.asm["ptx"]
-        registers, spills, stack, warnings = _assemble(ptx, arch)
+        assembled = _assemble(ptx, arch)
     except Exception as error:  # the compiler's own kinds are not public
         return Built(**about, error=f"{type(error).__name__}: {error}"[:2000])
+    registers, spills, stack, warnings = assembled
     shared, warps = built.metadata.shared, options.get("num_warps", 4)
-    loads = re.findall(r"^.*\b(?:ld\.global|cp\.async\.c[ag])\S*.*$", ptx, re.M)
     return Built(
         **about,
         registers=registers,
@@ -170,15 +197,76 @@ def build(file: str, variant: tuple[Any, ...], arch: int) -> Built:
         resident_warps=CHIPS[arch].resident_warps(warps, registers, shared),
         dot=_operands(built.asm["ttir"]),
         matrix=next((name for name, text in MATRIX.items() if re.search(text, ptx)), None),
-        loads=len(loads),
-        wide_loads=sum(bool(re.search(r"\.v4\.b32|\.v2\.b64|, 0x10\b|, 16\b", x)) for x in loads),
+        **_loads(ptx),
         warnings=warnings,
     )
 
 
+def _loads(ptx: str) -> dict[str, Any]:
+    loads = re.findall(r"^.*\b(?:ld\.global|cp\.async\.c[ag])\S*.*$", ptx, re.M)
+    wide = r"\.v4\.[bfu]32|\.v2\.[bu]64|, 0x10\b|, 16\b"
+    return {"loads": len(loads), "wide_loads": sum(bool(re.search(wide, x)) for x in loads)}
+
+
+def build_cuda(file: str, arch: int) -> list[Built]:
+    """Every kernel of a CUDA source; RuntimeError with what nvcc said."""
+    target = f"{arch}a" if arch >= 90 else str(arch)
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            ["nvcc", "-std=c++17", "-O3", "-Werror", "all-warnings", "-cubin", "-Xptxas", "-v",
+             f"-gencode=arch=compute_{target},code=sm_{target}", "--keep", "--keep-dir", folder,
+             str(CUDA / file), "-o", f"{folder}/unit.cubin"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"{file}: nvcc: {done.stdout}{done.stderr}")
+        ptx = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
+    log, rows = done.stdout + done.stderr, []
+    for name, text in re.findall(r"\.entry (\w+)\((.*?)(?=\.entry |\Z)", ptx, re.S):
+        said = log[log.index(f"Function properties for {name}\n") :]
+        frame = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said
+        )
+        used = re.search(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?", said)
+        threads = re.search(r"\.maxntid (\d+)", text)
+        assert frame is not None and used is not None, said
+        warps = int(threads[1]) // 32 if threads else 32
+        shared = int(used[2] or 0)
+        rows.append(
+            Built(
+                file=file,
+                kernel=_demangled(name),
+                constants={},
+                options={"num_warps": warps},
+                arch=arch,
+                registers=int(used[1]),
+                spills=int(frame[2]) + int(frame[3]),
+                stack=int(frame[1]),
+                shared=shared,
+                resident_warps=CHIPS[arch].resident_warps(warps, int(used[1]), shared),
+                matrix=next((kind for kind, t in MATRIX.items() if re.search(t, text)), None),
+                **_loads(text),
+            )
+        )
+    if not rows:
+        raise RuntimeError(f"{file}: no kernel in it")
+    return rows
+
+
+def _demangled(name: str) -> str:
+    """kernel<float, 1, true> of its mangled name, namespaces and arguments left out."""
+    done = subprocess.run(["c++filt", name], capture_output=True, text=True)
+    text = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", done.stdout.strip() or name)
+    return re.sub(r"^void |\([^()]*\)$", "", re.sub(r"\(\w+\)(?=\d)|\(bool\)(?=\d)", "", text))
+
+
 def built(names: Sequence[str], archs: Sequence[int]) -> Iterator[Built]:
-    """Every variant of the named kernel files on each architecture."""
+    """Every variant of the named kernel files, and kernel of CUDA sources, on each architecture."""
     for name in names:
+        if name.endswith(".cu"):
+            for arch in archs:
+                yield from build_cuda(name, arch)
+            continue
         for variant in importlib.import_module(f"tilewright.kernels.{name}").variants():
             for arch in archs:
                 yield build(name, variant, arch)
@@ -186,6 +274,7 @@ def built(names: Sequence[str], archs: Sequence[int]) -> Iterator[Built]:
 
 HEAD = (
     "kernel",
+    "types",
     "constants",
     "sm",
     "registers",
@@ -205,6 +294,7 @@ def table(rows: Sequence[Built]) -> str:
         lines.append(
             (
                 f"`{row.kernel}`",
+                row.types,
                 constants,
                 str(row.arch),
                 str(row.registers),
@@ -226,11 +316,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1: what it jits cannot be compiled")
-    unknown = sorted(set(options.names) - set(files()))
+    there = [*files(), *cuda_files()]
+    unknown = sorted(set(options.names) - set(there))
     if unknown:
-        parser.error(f"no kernels/{unknown[0]}.py with variants(); there are {', '.join(files())}")
+        parser.error(f"no kernels/{unknown[0]}.py with variants(); there are {', '.join(there)}")
     rows = []
-    for row in built(options.names or files(), options.arch):
+    for row in built(options.names or there, options.arch):
         rows.append(row)
         if not options.table:
             print(json.dumps(asdict(row)), flush=True)

@@ -9,7 +9,8 @@
 - no load reads memory that torch.empty gave out and nobody has written since;
 - no two programs store to one address, nor does one store what another loads, without an atomic;
 - programs run in an order shuffled by a seed;
-- bytes, distinct bytes, atomics and FLOPs of tl.dot are counted (`recording`).
+- bytes, distinct bytes, atomics and FLOPs of tl.dot are counted, and what Triton would compile the
+  kernel for is noted (`recording`); a large grid may be sampled (`sampling`).
 
 A fault raises KernelFault, which names kernel, program, argument and offset.  For the interpreters of
 triton 3.6 to 3.9: methods of the builder are replaced, and what they do not know is upstream's.
@@ -26,13 +27,14 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter as upstream
+from triton.runtime.jit import mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tilewright.lab._floats import FLOAT8, narrow, tf32, to_float8, to_float32, widen
 from tilewright.lab._memory import Allocations, KernelFault, Launch, Memory, watching_allocations
 
-__all__ = ["KernelFault", "Launch", "install", "recording", "seed", "watching"]
+__all__ = ["KernelFault", "Launch", "install", "recording", "sampling", "seed", "watching"]
 
-FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 TF32 = upstream._ir.INPUT_PRECISION.TF32
 
 
@@ -44,7 +46,9 @@ class _State:
         self.memory: Memory | None = None
         self.records: list[list[Launch]] = []
         self.seed: int | None = 0
-        self.order: np.ndarray | None = None
+        self.most: int | None = None  # programs of a launch that run; None: all
+        self.grid = (0, 0, 0)
+        self.order = np.zeros(0, np.int64)  # the programs that run, by number
         self.patched: set[frozenset[Any]] = set()
 
 
@@ -55,54 +59,17 @@ def _is_bf16(handle: Any) -> bool:
     return getattr(handle, "dtype", None) is not None and handle.dtype.scalar == tl.bfloat16
 
 
-def _widen(bits: np.ndarray) -> np.ndarray:
-    """bfloat16 bits, uint16 -> float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _narrow(x: np.ndarray) -> np.ndarray:
-    """float32 -> bfloat16 bits, to the nearest even."""
-    x = np.ascontiguousarray(x, np.float32)
-    bits = x.view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype(np.uint16)
-
-
-def _tf32(x: np.ndarray) -> np.ndarray:
-    """float32 rounded to 10 bits of mantissa, to the nearest, ties away, as cvt.rna.tf32 does."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = ((bits + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
-    return np.where(np.isfinite(x), rounded, x)
-
-
-def _to_float32(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
-    if dtype == tl.bfloat16:
-        return _widen(data)
-    if dtype in FLOAT8:
-        bits = torch.from_numpy(np.ascontiguousarray(data))
-        return bits.view(FLOAT8[dtype]).to(torch.float32).numpy()
-    return data.astype(np.float32)
-
-
-def _to_float8(x: np.ndarray, dtype: tl.dtype) -> np.ndarray:
-    """float32 -> float8 bits, to the nearest even; beyond the range, the largest finite number."""
-    kind = FLOAT8[dtype]
-    most = torch.finfo(kind).max
-    t = torch.from_numpy(np.ascontiguousarray(x, np.float32))
-    return t.clamp(-most, most).to(kind).view(torch.uint8).numpy()
-
-
 class _Builder(upstream.InterpreterBuilder):
     """upstream's builder with sound numbers and watched memory."""
 
     # numbers
 
     def get_bf16(self, value: float) -> Any:
-        return upstream.TensorHandle(_narrow(np.array([value], np.float32)), tl.bfloat16)
+        return upstream.TensorHandle(narrow(np.array([value], np.float32)), tl.bfloat16)
 
     def _wide(self, op: Callable, *handles: Any) -> Any:
-        out = op(*(_widen(h.data) if _is_bf16(h) else h.data for h in handles))
-        return out if out.dtype == np.bool_ else _narrow(out)
+        out = op(*(widen(h.data) if _is_bf16(h) else h.data for h in handles))
+        return out if out.dtype == np.bool_ else narrow(out)
 
     def binary_op(self, lhs: Any, rhs: Any, op: Callable) -> Any:
         if not _is_bf16(lhs):
@@ -141,8 +108,8 @@ class _Builder(upstream.InterpreterBuilder):
             with np.errstate(all="ignore"):
                 return super().cast_impl(src, dst_type)
         if target == tl.bfloat16:
-            return upstream.TensorHandle(_narrow(src.data.astype(np.float32)), tl.bfloat16)
-        wide = upstream.TensorHandle(_widen(src.data), tl.float32)
+            return upstream.TensorHandle(narrow(src.data.astype(np.float32)), tl.bfloat16)
+        wide = upstream.TensorHandle(widen(src.data), tl.float32)
         with np.errstate(all="ignore"):
             return super().cast_impl(wide, dst_type)
 
@@ -151,11 +118,11 @@ class _Builder(upstream.InterpreterBuilder):
         if rounding_mode == upstream._ir.ROUNDING_MODE.RTZ:
             return super().create_fp_to_fp(src, dst_type, rounding_mode)
         if target in FLOAT8 and (source not in FLOAT8):
-            data = _to_float8(_to_float32(src.data, source), target)
+            data = to_float8(to_float32(src.data, source), target)
         elif source in FLOAT8 or tl.bfloat16 in (source, target):
-            wide = _to_float32(src.data, source)
+            wide = to_float32(src.data, source)
             data = (
-                _narrow(wide)
+                narrow(wide)
                 if target == tl.bfloat16
                 else wide.astype(upstream._get_np_dtype(target))
             )
@@ -166,37 +133,28 @@ class _Builder(upstream.InterpreterBuilder):
     def create_dot(self, a: Any, b: Any, d: Any, input_precision: Any, imprecise: Any) -> Any:
         left, right = a.data, b.data
         if a.dtype.scalar in FLOAT8 or _is_bf16(a):
-            left = _to_float32(left, a.dtype.scalar)
+            left = to_float32(left, a.dtype.scalar)
         if b.dtype.scalar in FLOAT8 or _is_bf16(b):
-            right = _to_float32(right, b.dtype.scalar)
+            right = to_float32(right, b.dtype.scalar)
         if input_precision == TF32 and left.dtype == np.float32 and not _is_bf16(a):
-            left, right = _tf32(left), _tf32(right)
+            left, right = tf32(left), tf32(right)
         if _state.memory is not None:
             _state.memory.launch.dot_flops += 2 * left.size * right.shape[-1]
         with np.errstate(all="ignore"):
             if not _is_bf16(d):
                 out = np.matmul(left, right, dtype=d.data.dtype) + d.data
                 return upstream.TensorHandle(out, d.dtype.scalar)
-            out = np.matmul(left, right, dtype=np.float32) + _widen(d.data)
-        return upstream.TensorHandle(_narrow(out), tl.bfloat16)
+            out = np.matmul(left, right, dtype=np.float32) + widen(d.data)
+        return upstream.TensorHandle(narrow(out), tl.bfloat16)
 
     # programs
 
     def set_grid_dim(self, nx: int, ny: int, nz: int) -> None:
-        super().set_grid_dim(nx, ny, nz)
-        memory, count = _state.memory, nx * ny * nz
-        _state.order = None
-        if memory is not None:
-            memory.launch.grid = (nx, ny, nz)
-            if _state.seed is not None:
-                start = [_state.seed, zlib.crc32(memory.launch.kernel.encode())]
-                _state.order = np.random.default_rng(start).permutation(count)
+        super().set_grid_dim(*_state.grid)  # not the line of programs that upstream walks
 
     def set_grid_idx(self, x: int, y: int, z: int) -> None:
-        _, ny, nz = self.grid_dim
-        number = (x * ny + y) * nz + z
-        if _state.order is not None:
-            number = int(_state.order[number])
+        _, ny, nz = _state.grid
+        number = int(_state.order[x])
         rest, z = divmod(number, nz)
         x, y = divmod(rest, ny)
         super().set_grid_idx(x, y, z)
@@ -291,10 +249,51 @@ def _cause(error: BaseException | None) -> KernelFault | None:
     return error
 
 
+def _line_of_programs(grid: Any, launch: Launch) -> Callable:
+    """The programs that run, as a grid of one dimension; the true one is kept."""
+
+    def line(args: dict[str, Any]) -> tuple[int]:
+        dims = tuple(grid(args) if callable(grid) else grid)
+        x, y, z = _state.grid = launch.grid = dims + (1,) * (3 - len(dims))
+        count = x * y * z
+        launch.programs = count if _state.most is None else min(count, _state.most)
+        # of a sample, programs evenly apart
+        order = np.arange(launch.programs) * count // max(1, launch.programs)
+        if _state.seed is not None:
+            start = [_state.seed, zlib.crc32(launch.kernel.encode())]
+            order = np.random.default_rng(start).permutation(order)
+        _state.order = order
+        return (launch.programs,)
+
+    return line
+
+
+def _note(launch: Launch, executor: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """What Triton's compiler would be given for these arguments."""
+    names = inspect.getfullargspec(executor.fn).args
+    launch.options = {key: value for key, value in kwargs.items() if key not in names}
+    known = {key: value for key, value in kwargs.items() if key in names}
+    for name, value in inspect.getcallargs(executor.fn, *args, **known).items():
+        if name in executor.constexprs or value is None:
+            launch.constants[name] = value
+        elif isinstance(value, int) and not isinstance(value, bool) and value == 1:
+            launch.constants[name] = 1
+        else:
+            launch.signature[name] = mangle_type(value)
+            number = value.data_ptr() if hasattr(value, "data_ptr") else value
+            if isinstance(number, int) and number % 16 == 0:
+                launch.divisible.append(name)
+
+
 def _watched_call(original: Callable) -> Callable:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        launch = Launch(self.fn.__name__)
-        memory = _state.memory = Memory(launch, _state.fresh)
+        launch = Launch(self.fn.__name__, self.fn.__module__)
+        if _state.records:
+            _note(launch, self, args, kwargs)
+        self.grid = _line_of_programs(self.grid, launch)
+        # what a program left out would have written is not missed
+        fresh = _state.fresh if _state.most is None else Allocations()
+        memory = _state.memory = Memory(launch, fresh)
         try:
             result = original(self, *args, **kwargs)
         except upstream.InterpreterError as error:
@@ -303,7 +302,7 @@ def _watched_call(original: Callable) -> Callable:
                 raise
             raise fault from None
         finally:
-            _state.memory = _state.order = None
+            _state.memory = None
         memory.close()
         for records in _state.records:
             records.append(launch)
@@ -351,7 +350,7 @@ def _sound_apply(original: Callable) -> Callable:
             with np.errstate(all="ignore"):
                 return original(self, input)
         wide = tuple(
-            self.to_tensor(_widen(t.handle.data), tl.float32) if _is_bf16(t.handle) else t
+            self.to_tensor(widen(t.handle.data), tl.float32) if _is_bf16(t.handle) else t
             for t in input
         )
         out = original(self, wide)
@@ -359,7 +358,7 @@ def _sound_apply(original: Callable) -> Callable:
         for i, (t, was) in enumerate(zip(parts, input, strict=False)):
             if _is_bf16(was.handle) and t.dtype.scalar == tl.float32:
                 kind = tl.block_type(tl.bfloat16, t.shape) if t.type.is_block() else tl.bfloat16
-                handle = upstream.TensorHandle(_narrow(t.handle.data), tl.bfloat16)
+                handle = upstream.TensorHandle(narrow(t.handle.data), tl.bfloat16)
                 parts[i] = tl.core.tensor(handle, kind)
         return parts if isinstance(out, (list, tuple)) else parts[0]
 
@@ -416,3 +415,14 @@ def seed(number: int | None) -> Iterator[None]:
         yield
     finally:
         _state.seed = before
+
+
+@contextmanager
+def sampling(most: int | None) -> Iterator[None]:
+    """Within it, at most so many programs of a launch run, evenly apart; the rest of its results is
+    left unwritten, and its counts are the sample's (Launch.programs of its grid)."""
+    before, _state.most = _state.most, most
+    try:
+        yield
+    finally:
+        _state.most = before
