@@ -2,7 +2,8 @@
 
 Needs torch in the environment that builds (`pip install --no-build-isolation .`, what the Makefile
 does).  Without torch or a C++ compiler the install still succeeds, as pure Python.
-TILEWRIGHT_REQUIRE_EXT=1 makes a failed build an error instead.
+TILEWRIGHT_REQUIRE_EXT=1 makes a failed build an error instead; TILEWRIGHT_SANITIZE=address,undefined
+builds under those sanitizers (run Python with libasan.so in LD_PRELOAD).
 """
 
 import json
@@ -43,6 +44,13 @@ if platform.machine() in ("x86_64", "AMD64"):
 # of one inline function apart.  gcc 12 warns of its own AVX-512 header's __Y, once a call.
 UNIT_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-math-errno -Wall -Wno-unknown-pragmas -Wno-maybe-uninitialized -Wno-uninitialized"
 
+SANITIZE = os.environ.get("TILEWRIGHT_SANITIZE")
+SANITIZE_FLAGS = (
+    f"-fsanitize={SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
+    if SANITIZE
+    else ""
+)
+
 
 def unit_objects(build_dir: Path) -> list[str]:
     """Compile each csrc/cpu/*.cpp once per instruction set, with ninja; return the objects."""
@@ -57,7 +65,9 @@ def unit_objects(build_dir: Path) -> list[str]:
         for level, flags in levels.items():
             target = build_dir / f"{source.stem}.{level or 'base'}.o"
             define = f"-DTW_ISA={level}" if level else ""
-            lines.append(f"build {target}: cc {source}\n  flags = {UNIT_FLAGS} {define} {flags}\n")
+            lines.append(
+                f"build {target}: cc {source}\n  flags = {UNIT_FLAGS} {SANITIZE_FLAGS} {define} {flags}\n"
+            )
             objects.append(str(target))
     build_dir.mkdir(parents=True, exist_ok=True)
     (build_dir / "build.ninja").write_text("\n".join(lines))
@@ -72,7 +82,8 @@ def extension():
     sources = [str(p.relative_to(ROOT)) for p in sorted((CSRC / "bind").glob("*.cpp"))]
     sources.append("csrc/module.cpp")
     cuda = sorted(str(p.relative_to(ROOT)) for p in (CSRC / "cuda").glob("*.cu"))
-    flags = {"cxx": ["-O2", "-std=c++20", "-fopenmp", "-fvisibility=hidden"]}
+    sanitize = shlex.split(SANITIZE_FLAGS)
+    flags = {"cxx": ["-O2", "-std=c++20", "-fopenmp", "-fvisibility=hidden", *sanitize]}
     if torch.version.cuda and cpp_extension.CUDA_HOME and cuda:
         arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a")]
         flags["nvcc"] = ["-O3", "-std=c++20", *arch]
@@ -85,7 +96,7 @@ def extension():
         "tilewright._C",
         sources,
         extra_compile_args=flags,
-        extra_link_args=["-fopenmp", "-Wl,--exclude-libs,ALL"],
+        extra_link_args=["-fopenmp", "-Wl,--exclude-libs,ALL", *sanitize],
     )
 
 
