@@ -4,6 +4,12 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same draws every time; `make test-full` draws more.
+settings.register_profile("default", max_examples=25, deadline=None, derandomize=True)
+settings.register_profile("full", max_examples=400, deadline=None, derandomize=True)
+settings.load_profile("default")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -59,7 +59,7 @@ constexpr int64_t NB = NV * W;     // columns a block
 constexpr int64_t KC = UNPACKED;   // panel depth: MR * KC floats of x stay in L1
 
 // Terms summed before they join the total: a long running sum would round every term to its size.
-constexpr int64_t SEGMENT = W == 1 ? 16 : 8 * W;
+constexpr int64_t SEGMENT = W == 1 ? 16 : 64;
 
 // out[r, NB] += x[r, kc] panel[kc, NB] for R <= MR rows.
 template <int R>
