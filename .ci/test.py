@@ -1,8 +1,8 @@
 """Every pass of `make test`, each in a process of its own, and one closing total.
 
-natively, everything; the op tests under TRITON_INTERPRET=1; the op tests at the instruction sets
-avx2 and scalar.  --full adds the tests marked slow and the instruction sets between.  Exit 1 where
-any pass failed.
+natively, everything; the op tests, drawn ones too, under TRITON_INTERPRET=1, and at the instruction
+sets avx2 and scalar.  --full adds the tests marked slow, more draws, and the instruction sets
+between.  Exit 1 where any pass failed.
 """
 
 import argparse
@@ -25,13 +25,18 @@ def op_tests() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in tests)
 
 
+def present(*names: str) -> list[str]:
+    """tests/test_<name>.py of those that are there."""
+    return [f"tests/test_{name}.py" for name in names if Path(f"tests/test_{name}.py").is_file()]
+
+
 def passes(full: bool) -> dict[str, tuple[dict[str, str], list[str]]]:
     """Name -> environment and test files."""
     from tilewright import _native
 
-    tests = op_tests()
-    others = [Path(f"tests/test_{name}.py") for name in ("interpreter", "traffic", "llama")]
-    interpreted = [*tests, *(str(path) for path in others if path.is_file())]
+    ops = op_tests()
+    tests = [*ops, *present("properties", "addressing")]
+    interpreted = [*tests, *present("interpreter", "traffic", "llama")]
     found = {
         "native": ({}, []),
         "interpreter": ({"TRITON_INTERPRET": "1"}, interpreted),
@@ -40,7 +45,7 @@ def passes(full: bool) -> dict[str, tuple[dict[str, str], list[str]]]:
     for level in levels[:-1]:
         if full or level in ("avx2", "scalar"):
             found[level] = ({"TILEWRIGHT_CPU_ISA": level}, tests)
-    return found if tests else {"native": found["native"]}
+    return found if ops else {"native": found["native"]}
 
 
 def run(name: str, environment: dict[str, str], files: list[str], full: bool) -> dict[str, int]:
@@ -48,7 +53,7 @@ def run(name: str, environment: dict[str, str], files: list[str], full: bool) ->
     clean = {key: value for key, value in os.environ.items() if key not in MODES}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        only = [] if full else ["-m", "not slow"]
+        only = ["--hypothesis-profile=full"] if full else ["-m", "not slow"]
         print(f"== {name}: {' '.join(f'{k}={v}' for k, v in environment.items())}", flush=True)
         code = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-rs", f"--junit-xml={report}", *only, *files],

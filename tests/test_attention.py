@@ -301,3 +301,10 @@ def test_twins_have_one_signature():
 def test_bad_input(change, message, device):
     with pytest.raises(ValueError, match=f"attention: .*{message}"):
         ops.attention(*change(*qkv(device, 2, 4, 2, 5, 5, 8)))
+
+
+def test_what_keys_and_values_have_in_common(device):
+    """Σ ds = 0, so a part that all keys share adds nothing to dq: an error in the mean of dP would."""
+    q, k, v = (torch.randn(1, 2, n, 64, device=device) for n in (40, 300, 300))
+    inputs = [x.requires_grad_() for x in (q, k + 1000, v + 1000)]
+    assert_matches_reference(ops.attention, reference.attention, *inputs, dtype=torch.float32)

@@ -112,7 +112,6 @@ MUTANTS = [
         ("    dq = dq * alpha[:, None] - pk * (shift * alpha)[:, None]", "    dq = dq * alpha[:, None]"),
         ("    dq = (dq - drift[:, None] * pk) * tl.where", "    dq = dq * tl.where"),
         ("    ds = p * ((dp - mean[None, :]) - drift[None, :])", "    ds = p * (dp - mean[None, :])"),
-        ("    ds = tl.where(_still(rows, S, T, CAUSAL)[None, :], 0.0, ds)\n", ""),
         ("    dk = (dk * scale).to", "    dk = dk.to"),
         ("        for start in range(begin, clear, BLOCK_M):", "        for start in range(0, clear, BLOCK_M):"),
     ),
@@ -130,7 +129,28 @@ MUTANTS = [
         ("        top = tl.maximum(top, tl.max(tl.abs(x), axis=1))", "        top = tl.max(tl.abs(x), axis=1)"),
         ('    precision = "tf32x3" if dtype == torch.float32 else "tf32"', '    precision = "tf32"'),
     ),
+    # offsets in 32 bits
+    *of("rms_norm", "addressing", ("    # int64: row * stride passes 2^31 for long, wide activations\n    rows = tl.program_id(0).to(tl.int64) * BLOCK_M", "    rows = tl.program_id(0) * BLOCK_M")),
+    *of("rms_norm", "addressing", ("    pid = tl.program_id(0).to(tl.int64)\n    cols = tl.arange(0, BLOCK_N)\n    if HAS_W:", "    pid = tl.program_id(0)\n    cols = tl.arange(0, BLOCK_N)\n    if HAS_W:")),
+    *of("add_rms_norm", "addressing", ("    rows = tl.program_id(0).to(tl.int64) * BLOCK_M", "    rows = tl.program_id(0) * BLOCK_M")),
+    *of("_glu", "addressing", ("    # int64: row * stride passes 2^31 for long, wide activations\n    rows = tl.program_id(0).to(tl.int64) * BLOCK_M", "    rows = tl.program_id(0) * BLOCK_M")),
+    *of("rope", "addressing", ("    row = tl.program_id(0).to(tl.int64) * BLOCK_M", "    row = tl.program_id(0) * BLOCK_M")),
+    *of("_tile", "addressing", ("rows.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0.0)", "rows[:, None] * stride + d[None, :], mask=mask, other=0.0)")),
+    *of("quant_linear", "addressing", ("x_rows = x_ptr + m.to(tl.int64) * stride_xm", "x_rows = x_ptr + m * stride_xm")),
 ]  # fmt: skip
+
+# Mutants that live, and why.
+SURVIVORS = {
+    "ds = tl.where(_still(rows, S, T, CAUSAL)[None, :], 0.0, ds)": (
+        "a row that sees one key has dP equal to its mean in the interpreter, whose two products"
+        " round alike; tensor cores of two tile shapes do not"
+    ),
+}
+
+
+def test_survivors_are_still_there():
+    kernels = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    assert all(kernels.count(text) == 1 for text in SURVIVORS)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.file}: {m.was.strip()[:60]}")
@@ -174,5 +194,5 @@ def test_a_mutant_is_killed(mutant: Mutant, tmp_path: Path):
         told += done.stdout[-2000:] + done.stderr[-2000:]
         if done.returncode == 1:
             return
-        assert done.returncode == 0, told  # anything else is not a test that failed
+        assert done.returncode in (0, 5), told  # 5: nothing chosen; else not a test that failed
     pytest.fail(f"survived: {mutant}\n{told}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 POISON = 0xFD  # fills what torch.empty gives out: NaN in float16, -4e37 in float32 and bfloat16
 WATCHED = 64  # allocations whose unwritten bytes are known at a time
+VAST, CHUNK = 1 << 28, 1 << 16  # cells of a region that is counted by chunks, and of a chunk
 NOBODY, MANY, ATOMICALLY = 0, -1, -2  # who touched a cell; else a program's number from 1
 
 
@@ -93,10 +94,23 @@ class _Region:
     writer: np.ndarray
     loaded: int = 0
     stored: int = 0
+    touched: set[int] = field(default_factory=set)  # of a vast region: the chunks looked into
+
+    def is_vast(self) -> bool:
+        return self.reader.size > VAST
+
+    def count(self, cells: np.ndarray) -> int:
+        """How many were touched; of a vast region no page is read that nobody touched."""
+        if not self.is_vast():
+            return int(np.count_nonzero(cells))
+        return sum(int(np.count_nonzero(cells[i * CHUNK : (i + 1) * CHUNK])) for i in self.touched)
 
     def refine(self, unit: int) -> None:
         """Smaller cells: something else than whole elements is addressed."""
         if unit < self.unit:
+            self.touched = {
+                i * (self.unit // unit) + j for i in self.touched for j in range(self.unit // unit)
+            }
             self.reader = np.repeat(self.reader, self.unit // unit)
             self.writer = np.repeat(self.writer, self.unit // unit)
             self.unit = unit
@@ -123,9 +137,9 @@ class Memory:
         region = next((r for r in self._regions if r.start == start), None)
         if region is None:
             unit = gcd(unit, count) or 1
-            cells = np.zeros((2, count // unit), np.int32)
+            reader, writer = (np.zeros(count // unit, np.int32) for _ in range(2))
             written = self._fresh.written(start)
-            region = _Region(start, start + count, [], unit, written, cells[0], cells[1])
+            region = _Region(start, start + count, [], unit, written, reader, writer)
             at = bisect.bisect(self._starts, start)
             self._regions.insert(at, region)
             self._starts.insert(at, start)
@@ -193,6 +207,8 @@ class Memory:
         cells = offset // region.unit
         if size > region.unit:
             cells = (cells[:, None] + np.arange(size // region.unit)).ravel()
+        if region.is_vast():
+            region.touched.update(np.unique(cells // CHUNK).tolist())
         return cells
 
     def load(self, address: np.ndarray, size: int, name: str | None) -> None:
@@ -287,8 +303,8 @@ class Memory:
     def close(self) -> None:
         """Sum up the launch."""
         for region in self._regions:
-            loaded = int(np.count_nonzero(region.reader)) * region.unit
-            stored = int(np.count_nonzero(region.writer)) * region.unit
+            loaded = region.count(region.reader) * region.unit
+            stored = region.count(region.writer) * region.unit
             self.launch.distinct_bytes_loaded += loaded
             self.launch.distinct_bytes_stored += stored
             self.launch.arguments[" ".join(region.names)] = {

@@ -1,0 +1,85 @@
+"""Offsets beyond 2^31 elements, in every op's inputs: 32 bits would wrap.
+
+A few rows lie so far apart in a vast storage, of which only their pages are ever touched.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tilewright import QuantTensor, ops
+
+FAR = 1 << 30  # elements from row to row: the third begins at 2^31
+
+
+def far_apart(x: Tensor, dim: int) -> Tensor:
+    """x with steps of FAR along `dim`, the other dimensions dense."""
+    assert x.shape[dim] == 3
+    inner = [n for d, n in enumerate(x.shape) if d != dim]
+    strides = list(torch.empty(inner, device="meta").stride())
+    strides.insert(dim, FAR)
+    storage = torch.empty(2 * FAR + x.numel(), dtype=x.dtype, device=x.device)
+    view = storage.as_strided(x.shape, strides)
+    view.copy_(x)
+    return view
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+def quantised(bits: int) -> QuantTensor:
+    codes = torch.randint(0, 256, (40, 64 * bits // 8), dtype=torch.uint8)
+    return QuantTensor(codes, torch.rand(40, 2).half() + 0.1, bits=bits)
+
+
+@pytest.fixture
+def cases() -> dict[str, tuple[Callable, Tensor, int]]:
+    """Op with its other inputs bound, the tensor to spread, the dimension; M = 3 and, as a matrix
+    product, 12 rows."""
+    row, wide = draw(3, 64), draw(3, 64)
+    weight = draw(64)
+    cos, sin = torch.rand(4, 32).bfloat16(), torch.rand(4, 32).bfloat16()
+    w4, w8 = quantised(4), quantised(8)
+    q, kv = draw(1, 2, 3, 64), draw(1, 2, 3, 64)
+    return {
+        "rms_norm": (lambda x: ops.rms_norm(x, weight), row, 0),
+        "add_rms_norm": (lambda x: ops.add_rms_norm(x, wide, weight)[0], row, 0),
+        "add_rms_norm residual": (lambda x: ops.add_rms_norm(wide, x, weight)[0], row, 0),
+        "swiglu gate": (lambda x: ops.swiglu(x, wide), row, 0),
+        "swiglu up": (lambda x: ops.swiglu(wide, x), row, 0),
+        "geglu": (lambda x: ops.geglu(x), row, 0),
+        "rope": (lambda x: ops.rope(x, cos, sin), draw(2, 3, 4, 64), 1),
+        "rope batch": (lambda x: ops.rope(x, cos, sin), draw(3, 2, 4, 64), 0),
+        "quant_linear 4": (lambda x: ops.quant_linear(x, w4), row, 0),
+        "quant_linear 8": (lambda x: ops.quant_linear(x, w8), draw(3, 4, 64), 0),
+        "attention q": (lambda x: ops.attention(x, kv, kv), q, 2),
+        "attention k": (lambda x: ops.attention(q, x, kv), kv, 2),
+        "attention v": (lambda x: ops.attention(q, kv, x), kv, 2),
+        "attention batch": (lambda x: ops.attention(x, x, x), draw(3, 1, 2, 64), 0),
+    }
+
+
+NAMES = (
+    "rms_norm", "add_rms_norm", "add_rms_norm residual", "swiglu gate", "swiglu up", "geglu", "rope",
+    "rope batch", "quant_linear 4", "quant_linear 8", "attention q", "attention k", "attention v",
+    "attention batch",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_beyond_two_to_the_31(name: str, cases, device):
+    op, x, dim = cases[name]
+    dense, far = x.clone().requires_grad_(), far_apart(x, dim).requires_grad_()
+    results = []
+    for leaf in (dense, far):
+        y = op(leaf)
+        (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+        results.append((y.detach(), grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_every_op_is_probed():
+    assert {name.split()[0] for name in NAMES} == set(ops.__all__)

@@ -1,0 +1,218 @@
+"""Every op on drawn shapes, layouts and dtypes: it matches its reference, leaves its inputs as they
+were, and repeats to the bit.
+
+A layout is any order of the dimensions in memory, any of them stepped over or expanded, the whole at
+any offset: what views of views come to.  `--hypothesis-profile=full` draws more.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tilewright import QuantTensor, ops, reference
+from tilewright.quant_tensor import pack_int4
+from tilewright.testing import assert_matches_reference, assert_within, run
+
+SIZES = st.sampled_from([0, 1, 2, 3, 5, 8, 17])
+WIDTHS = st.sampled_from([0, 1, 2, 3, 8, 16, 31, 64, 100, 130])
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def laid_out(draw: st.DrawFn, shape: tuple[int, ...], alike: bool = True) -> Tensor:
+    """Normals of this shape, float32, in a drawn layout; a gradient may be wanted.
+
+    alike: the last dimension may be expanded too.
+    """
+    rank = len(shape)
+    order = draw(st.permutations(range(rank)))
+    steps = [draw(st.sampled_from([1, 1, 2, 3])) for _ in shape]
+    expanded = [draw(st.integers(0, 7)) == 7 for _ in shape]
+    expanded[-1] &= alike
+    offset = draw(st.integers(0, 3))
+    sizes = [1 if wide else n * step for n, step, wide in zip(shape, steps, expanded, strict=True)]
+    strides, stride = [0] * rank, 1
+    for d in reversed(order):
+        strides[d], stride = stride, stride * max(1, sizes[d])
+    storage = torch.randn(offset + stride)
+    x = storage.as_strided(sizes, strides, offset)
+    x = x[tuple(slice(None, None, 1 if w else s) for s, w in zip(steps, expanded, strict=True))]
+    return x.expand(shape).requires_grad_(draw(st.booleans()))
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[int, ...]:
+    return (*draw(st.lists(SIZES, max_size=2)), draw(WIDTHS))
+
+
+def rms_norm(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
+    shape = draw(shapes())
+    weight = laid_out(draw, shape[-1:]) if draw(st.booleans()) else None
+    return [laid_out(draw, shape), weight, 1e-5], {"offset": draw(st.sampled_from([0.0, 1.0]))}
+
+
+def add_rms_norm(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
+    shape = draw(shapes())
+    weight = laid_out(draw, shape[-1:]) if draw(st.booleans()) else None
+    return [laid_out(draw, shape), laid_out(draw, shape), weight, 1e-5], {}
+
+
+def swiglu(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
+    shape = draw(shapes())
+    if draw(st.booleans()):
+        return [laid_out(draw, (*shape[:-1], 2 * shape[-1]))], {}
+    return [laid_out(draw, shape), laid_out(draw, shape)], {}
+
+
+def geglu(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
+    inputs, _ = swiglu(draw)
+    return inputs, {"approximate": draw(st.sampled_from(["tanh", "none"]))}
+
+
+def rope(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
+    B, H, S = draw(SIZES), draw(SIZES), draw(SIZES)
+    D = draw(st.sampled_from([2, 6, 16, 64, 80]))
+    # the whole head turns, or all but its last pair
+    R = D if D == 2 else draw(st.sampled_from([D, D - 2]))
+    doubled = draw(st.booleans()) and 2 * R > D
+    rows = S + draw(st.integers(0, 2))
+    angles = torch.rand(max(rows, 1), R // 2) * 6
+    interleaved = draw(st.booleans())
+    if doubled:
+        repeat = (
+            (lambda t: t.repeat_interleave(2, 1)) if interleaved else (lambda t: t.repeat(1, 2))
+        )
+        angles = repeat(angles)
+    kwargs: dict[str, Any] = {"interleaved": interleaved}
+    if draw(st.booleans()):
+        shape = (B, S) if draw(st.booleans()) else (S,)
+        kwargs["position_ids"] = torch.randint(0, max(rows, 1), shape)
+    elif rows == 0:
+        angles = angles[:0]
+    return [laid_out(draw, (B, H, S, D)), angles.cos(), angles.sin()], kwargs
+
+
+OPS: dict[str, Callable] = {
+    "rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "swiglu": swiglu, "geglu": geglu, "rope": rope,
+}  # fmt: skip
+
+
+def bits(inputs: list[Any]) -> list[Tensor]:
+    return [x.detach().clone() for x in inputs if isinstance(x, Tensor)]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, y) or torch.equal(x.isnan(), y.isnan()) for x, y in zip(a, b, strict=True)
+    )
+
+
+def rounded(x: Any, dtype: torch.dtype) -> Any:
+    """The same layout in `dtype`."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    base = torch.empty(x.untyped_storage().nbytes() // 4, dtype=dtype)
+    base.copy_(torch.empty(0).set_(x.untyped_storage()))
+    view = base.as_strided(x.shape, x.stride(), x.storage_offset())
+    return view.requires_grad_(x.requires_grad)
+
+
+@pytest.mark.parametrize("op", OPS)
+@given(data=st.data(), dtype=DTYPES)
+def test_any_layout_matches_and_repeats(op: str, data: st.DataObject, dtype: torch.dtype):
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    inputs, kwargs = OPS[op](data.draw)
+    ours, theirs = getattr(ops, op), getattr(reference, op)
+    assert_matches_reference(ours, theirs, *inputs, dtype=dtype, **kwargs)
+    inputs = [rounded(x, dtype) for x in inputs]
+    before = bits(inputs)
+    first, again = run(ours, inputs, kwargs), run(ours, inputs, kwargs)
+    assert same(first, again) and same(before, bits(inputs))
+
+
+@given(data=st.data(), dtype=DTYPES)
+def test_attention_sees_layouts_alike(data: st.DataObject, dtype: torch.dtype):
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    G, group, D = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([1, 8, 33, 64])),
+    )
+    B, S, T = draw(st.integers(0, 2)), draw(st.integers(0, 20)), draw(st.integers(0, 40))
+    shaped = [(B, G * group, S, D), (B, G, T, D), (B, G, T, D)]
+    inputs = [rounded(laid_out(draw, shape), dtype) for shape in shaped]
+    causal = draw(st.booleans())
+    before = bits(inputs)
+    found = run(ops.attention, inputs, {"causal": causal})
+    assert same(before, bits(inputs))
+    dense = [x.detach().contiguous().requires_grad_(x.requires_grad) for x in inputs]
+    assert same(found, run(ops.attention, dense, {"causal": causal}))
+    with torch.no_grad():
+        truth, eager = (
+            reference.attention(*(x.to(kind) for x in inputs), causal=causal).double()
+            for kind in (torch.float64, dtype)
+        )
+    # a few rows are too few: the worst of eager's may by luck be good
+    if truth.shape[:3].numel() >= 32:
+        assert_within(found[0], eager, truth, torch.finfo(dtype).eps, "out")
+
+
+@given(data=st.data(), dtype=DTYPES)
+def test_quant_linear_on_any_layout(data: st.DataObject, dtype: torch.dtype):
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    # few outputs are too few: the largest error of eager's may by luck be small
+    N, groups = draw(st.integers(33, 70)), draw(st.integers(1, 4))
+    group, width = draw(st.sampled_from([32, 64])), draw(st.sampled_from([4, 8]))
+    K = groups * group
+    # numbers all alike are rounded all alike: what is left is which of MKL's kernels eager meets
+    x = laid_out(draw, (*draw(st.lists(SIZES, max_size=2)), K), alike=False)
+    bias = laid_out(draw, (N,)) if draw(st.booleans()) else None
+    codes = torch.randint(0, 2**width, (N, K), dtype=torch.uint8)
+    scales = (torch.rand(N, groups) + 0.1).half()
+    kind = draw(st.sampled_from(["symmetric", "zeros", "minima"]))
+    offset = None if kind == "symmetric" else (torch.rand(N, groups) * 2**width / 2).half()
+    w = QuantTensor(
+        pack_int4(codes) if width == 4 else codes,
+        scales,
+        offset if kind == "zeros" else None,
+        offset if kind == "minima" else None,
+        bits=width,
+    )
+    assert_matches_reference(ops.quant_linear, reference.quant_linear, x, w, bias, dtype=dtype)
+    inputs = [rounded(x, dtype), w, rounded(bias, dtype)]
+    before = bits(inputs)
+    first, again = run(ops.quant_linear, inputs, {}), run(ops.quant_linear, inputs, {})
+    assert same(first, again) and same(before, bits(inputs))
+
+
+def test_every_op_is_drawn():
+    assert sorted([*OPS, "attention", "quant_linear"]) == sorted(ops.__all__)
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_in_float64(op: str):
+    """The formulas against differences: in float64, where the reference serves."""
+    tables = torch.rand(3, 2, dtype=torch.float64)
+    inputs = {
+        "rms_norm": (double(3, 5), double(5)),
+        "add_rms_norm": (double(3, 5), double(3, 5), double(5)),
+        "swiglu": (double(3, 5), double(3, 5)),
+        "geglu": (double(3, 6),),
+        "rope": (double(1, 2, 3, 4), tables.cos(), tables.sin()),
+    }
+    assert torch.autograd.gradcheck(getattr(ops, op), inputs[op])
+
+
+def test_attention_gradients_in_float64():
+    q, k, v = double(1, 2, 3, 4), double(1, 1, 5, 4), double(1, 1, 5, 4)
+    assert torch.autograd.gradcheck(lambda *x: ops.attention(*x, causal=True), (q, k, v))
