@@ -24,6 +24,8 @@ def eager(x, by):
 PROVIDERS = {"tilewright": ours, "eager": eager}
 def cost(dtype, *, n):
     return 2 * n * dtype.itemsize, n
+def backward_cost(dtype, *, n):
+    return 2 * n * dtype.itemsize, n
 """
 
 
@@ -89,8 +91,9 @@ def test_backward_yields_every_gradient(definition):
 def test_rivals_take_turns():
     order: list[str] = []
     rivals = {name: lambda name=name: order.append(name) for name in "ab"}
-    medians = timing.interleaved(rivals, seconds=0.0, least=3)
-    assert medians.keys() == {"a", "b"} and all(t > 0 for t in medians.values())
+    samples = timing.interleaved(rivals, seconds=0.0, least=3)
+    assert samples.keys() == {"a", "b"}
+    assert all(len(times) == 3 and min(times) > 0 for times in samples.values())
     first_of_run = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
     assert len(first_of_run) >= 5  # warm up a, b; then turns that start with another each time
 
@@ -112,3 +115,46 @@ def test_what_is_not_there_is_named(tmp_path, definition):
         harness.discover(tmp_path, ["nothing"])
     with pytest.raises(ValueError, match=r"no bench_<name>\.py in"):
         harness.discover(tmp_path / "elsewhere")
+
+
+def test_a_row_carries_its_spread_and_its_roofline(definition):
+    line = harness.row(definition, "small", torch.float32, "fwd+bwd", 0.0)
+    for name in ("tilewright", "eager"):
+        low, middle, high = (line[f"milliseconds{p}"][name] for p in ("_p20", "", "_p80"))
+        assert 0 < low <= middle <= high
+    assert line["speedup_over_p20"]["eager"] <= line["speedup_over_p80"]["eager"]
+    assert line["bytes"] == 2 * 2 * 8 * 4 and line["flops"] == 2 * 8
+    assert line["call_microseconds"] > 0 and line["outside_tolerance"] == {}
+    if not torch.cuda.is_available():
+        ours = line["milliseconds"]["tilewright"]
+        assert line["percent_of_roofline"] == pytest.approx(100 * line["copy_milliseconds"] / ours)
+        assert line["peak_bytes"] is None and "copy" not in line["milliseconds"]
+
+
+def test_nothing_wrong_is_timed(definition):
+    definition.PROVIDERS["tilewright"] = lambda x, by: (x * by * 1.01,)
+    with pytest.raises(AssertionError, match="output 0: error"):
+        harness.row(definition, "small", torch.float32, "fwd", 0.0)
+
+
+def test_a_rival_that_is_wrong_or_fails_is_named(definition):
+    def broken(x, by):
+        raise RuntimeError("no kernel image")
+
+    definition.PROVIDERS |= {"rough": lambda x, by: (x * by * 1.01,), "broken": broken}
+    line = harness.row(definition, "small", torch.float32, "fwd", 0.0)
+    assert "error" in line["outside_tolerance"]["rough"] and "rough" in line["speedup_over"]
+    assert line["outside_tolerance"]["broken"] == "RuntimeError: no kernel image"
+    assert "broken" not in line["milliseconds"]
+
+
+def test_rivals_can_be_chosen(definition):
+    definition.PROVIDERS |= {"one": definition.eager, "two": definition.eager}
+    report = harness.measure(definition, quick=True, against=["two"])
+    assert all(r["speedup_over"].keys() == {"eager", "two"} for r in report["rows"])
+    assert report["command"] == "tilewright bench double --quick --against two"
+
+
+def test_spread():
+    assert timing.spread([3.0]) == (3.0, 3.0, 3.0)
+    assert timing.spread([float(i) for i in range(11)]) == (2.0, 5.0, 8.0)

@@ -249,7 +249,10 @@ def doctor(as_json: JsonOption = False) -> None:
 @app.command()
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Such as rms_norm or generate; default: all.")
+        list[str] | None,
+        typer.Argument(
+            help="Such as rms_norm or generate; default: all. Or: compare OLD.json NEW.json"
+        ),
     ] = None,
     directory: Annotated[Path, typer.Option(help="Where bench_<name>.py are.")] = Path(
         "benchmarks"
@@ -258,19 +261,52 @@ def bench(
         Path | None, typer.Option(help="Results go to OUTPUT/<device>/; default: results/ there.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds.")] = False,
+    against: Annotated[
+        str | None, typer.Option(help="Rivals beside eager, as compile,liger; default: all.")
+    ] = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Time our kernels beside their rivals in one run and record it."""
+    """Time our kernels beside their rivals in one run and record it; or compare two records."""
     from tilewright.bench import harness
 
+    if names and names[0] == "compare":
+        _compare(names[1:])
+        return
     if threads is not None:
         torch.set_num_threads(threads)
+    rivals = None if against is None else [name.strip() for name in against.split(",")]
+    definitions = harness.discover(directory, names or [])
+    known = {name for d in definitions for name in getattr(d, "PROVIDERS", {})}
+    unknown = sorted(set(rivals or ()) - known)
+    if unknown:
+        raise ValueError(
+            f"--against: no rival {', '.join(unknown)}; there are {', '.join(sorted(known))}"
+        )
     console = Console()
-    for definition in harness.discover(directory, names or []):
-        report = harness.measure(definition, quick=quick)
+    for definition in definitions:
+        report = harness.measure(definition, quick=quick, against=rivals)
         console.print(harness.table(report))
         where = harness.write(report, output or directory / "results")
         console.print(f"written to {where}", markup=False)
+
+
+def _compare(paths: Sequence[str]) -> None:
+    """Print what changed between two records; exit 1 on a loss."""
+    from tilewright.bench import compare
+
+    if len(paths) != 2:
+        raise ValueError(f"bench compare takes two files, not {len(paths)}")
+    old, new = (compare.read(Path(path)) for path in paths)
+    changes = compare.compare(old, new)
+    table = Table("row", "over eager, old", "new", "slower by", "noise", "", title=new["name"])
+    for c in changes:
+        verdict = "LOSS" if c.lost else ""
+        table.add_row(
+            c.row, f"{c.old:.2f}", f"{c.new:.2f}", f"{c.change:+.1%}", f"{c.noise:.1%}", verdict
+        )
+    Console().print(table)
+    if any(c.lost for c in changes):
+        raise typer.Exit(1)
 
 
 class Arch(str, Enum):

@@ -3,10 +3,13 @@
 A file benchmarks/bench_<name>.py defines one of two things:
 
 - an op: OP, SHAPES (name -> sizes), DTYPES, inputs(dtype, device, **sizes) -> kwargs,
-  PROVIDERS (name -> fn(**inputs), with "tilewright" and "eager" among them) and
-  cost(dtype, **sizes) -> (least bytes moved, FLOPs) of the forward pass.  Inputs that require a
-  gradient make the harness time forward and backward too;
+  PROVIDERS (name -> fn(**inputs), with "tilewright" and "eager" among them), cost(dtype, **sizes) ->
+  (least bytes moved, FLOPs) of the forward pass, and backward_cost of the backward.  Inputs that
+  require a gradient make the harness time forward and backward too;
 - a measurement of its own: measure(quick) -> rows.
+
+A row is verified before it is timed: ours by the tolerance rule against eager in float64, else
+nothing is measured; a rival that fails it, or fails to run, is named in the row.
 """
 
 import importlib.util
@@ -21,10 +24,14 @@ from rich.table import Table
 from torch import Tensor
 
 from tilewright.bench.facts import facts
-from tilewright.bench.timing import interleaved
+from tilewright.bench.timing import call_seconds, interleaved, spread
+from tilewright.lab.roofline import named
+from tilewright.testing import assert_within
 
 # Buffers from here up are fresh mmaps at every call: the time is the page faults', not the kernel's
 MMAP_BYTES = 32 << 20
+COPY = "copy"  # the CPU's roofline: as many bytes moved by torch's copy, in the same rounds
+BANDWIDTH_BOUND = 10  # FLOPs a byte below which a CPU waits for memory
 
 
 def discover(directory: Path, names: Sequence[str] = ()) -> list[ModuleType]:
@@ -91,31 +98,151 @@ def _largest(inputs: dict[str, Any], outputs: Iterable[Tensor]) -> int:
     return max(t.numel() * t.element_size() for t in (*tensors, *outputs))
 
 
+def _double(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+
+
+def verified(
+    providers: dict[str, Callable], inputs: dict[str, Any], dtype: torch.dtype
+) -> dict[str, str | None]:
+    """What is wrong with each provider's forward outputs; None: nothing.
+
+    The rule is testing.assert_within's, eager in float64 the truth.  AssertionError where ours fail.
+    """
+    with torch.no_grad():
+        truth = [y.double() for y in _outputs(providers["eager"](**_double(inputs)))]
+        eager = [y.double() for y in _outputs(providers["eager"](**inputs))]
+        found: dict[str, str | None] = {}
+        for name, fn in providers.items():
+            try:
+                outputs = _outputs(fn(**inputs))
+            except Exception as error:  # an outsider's own; ours must run
+                if name == "tilewright":
+                    raise
+                found[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                continue
+            try:
+                for i, (y, e, t) in enumerate(zip(outputs, eager, truth, strict=True)):
+                    assert_within(y.double(), e, t, torch.finfo(dtype).eps, f"output {i}")
+            except AssertionError as error:
+                if name == "tilewright":
+                    raise
+                found[name] = str(error)
+            else:
+                found[name] = None
+    return found
+
+
+def _copy(count: int, place: str) -> Callable[[], object]:
+    """A copy that moves `count` bytes in all, read and written."""
+    source = torch.empty(max(1, count // 2), dtype=torch.uint8, device=place)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _peak_bytes(fn: Callable[[], object]) -> int | None:
+    """What one call adds to the GPU's allocated memory at its height; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fn()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _cost(
+    definition: ModuleType, dtype: torch.dtype, mode: str, sizes: dict[str, Any]
+) -> tuple[int, int]:
+    moved, flops = definition.cost(dtype, **sizes)
+    if mode == "fwd":
+        return moved, flops
+    more, work = definition.backward_cost(dtype, **sizes)
+    return moved + more, flops + work
+
+
+def chosen(definition: ModuleType, against: Sequence[str] | None) -> dict[str, Callable]:
+    """Ours, eager, and the rivals named; all where none is."""
+    rivals = definition.PROVIDERS
+    if against is None:
+        return dict(rivals)
+    return {n: fn for n, fn in rivals.items() if n in {"tilewright", "eager", *against}}
+
+
 def row(
-    definition: ModuleType, shape: str, dtype: torch.dtype, mode: str, seconds: float
+    definition: ModuleType,
+    shape: str,
+    dtype: torch.dtype,
+    mode: str,
+    seconds: float,
+    against: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """One line of an op's results: every provider at one shape, dtype and mode."""
     sizes = definition.SHAPES[shape]
-    inputs = definition.inputs(dtype, device(), **sizes)
+    place = device()
+    inputs = definition.inputs(dtype, place, **sizes)
     torch.compiler.reset()  # a shape seen before must not make the compiled rival's sizes dynamic
+    providers = chosen(definition, against)
+    wrong = verified(providers, inputs, dtype)
     prepare = forward if mode == "fwd" else forward_backward
-    rivals = {name: prepare(fn, inputs) for name, fn in definition.PROVIDERS.items()}
-    times = interleaved(rivals, seconds=seconds)
-    ours = times["tilewright"]
+    rivals: dict[str, Callable[[], object]] = {}
+    for name, fn in providers.items():
+        try:
+            rivals[name] = prepare(fn, inputs)
+            rivals[name]()
+        except Exception as error:
+            if name in ("tilewright", "eager"):
+                raise
+            wrong[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            rivals.pop(name, None)
+    moved, flops = _cost(definition, dtype, mode, sizes)
+    on_cpu = place == "cpu"
+    copied = on_cpu and flops < BANDWIDTH_BOUND * moved
+    timed = {**rivals, COPY: _copy(moved, place)} if copied else rivals
+    samples = interleaved(timed, seconds=seconds)
+    times = {name: spread(seconds) for name, seconds in samples.items()}
+    ours = times["tilewright"].p50
+    ratios = {
+        name: spread([t / o for t, o in zip(samples[name], samples["tilewright"], strict=True)])
+        for name in rivals
+        if name != "tilewright"
+    }
     largest = _largest(inputs, _outputs(forward(definition.PROVIDERS["tilewright"], inputs)()))
     line: dict[str, Any] = {
         "shape": shape,
         "sizes": sizes,
         "dtype": str(dtype).removeprefix("torch."),
         "mode": mode,
-        "milliseconds": {name: t * 1e3 for name, t in times.items()},
-        "speedup_over": {name: t / ours for name, t in times.items() if name != "tilewright"},
+        "milliseconds": {name: times[name].p50 * 1e3 for name in rivals},
+        "milliseconds_p20": {name: times[name].p20 * 1e3 for name in rivals},
+        "milliseconds_p80": {name: times[name].p80 * 1e3 for name in rivals},
+        "speedup_over": {name: times[name].p50 / ours for name in ratios},
+        "speedup_over_p20": {name: ratio.p20 for name, ratio in ratios.items()},
+        "speedup_over_p80": {name: ratio.p80 for name, ratio in ratios.items()},
+        "call_microseconds": call_seconds(rivals["tilewright"]) * 1e6,
+        "bytes": moved,
+        "flops": flops,
+        "gb_per_second": moved / ours / 1e9,
+        "gflop_per_second": flops / ours / 1e9,
         "allocator_bound": largest >= MMAP_BYTES,
+        "outside_tolerance": {name: why for name, why in wrong.items() if why},
+        "peak_bytes": _peak_bytes(rivals["tilewright"]),
     }
-    if mode == "fwd":
-        moved, flops = definition.cost(dtype, **sizes)
-        line |= {"gb_per_second": moved / ours / 1e9, "gflop_per_second": flops / ours / 1e9}
+    if copied:
+        line["copy_milliseconds"] = times[COPY].p50 * 1e3
+        line["percent_of_roofline"] = 100 * times[COPY].p50 / ours
+    elif not on_cpu:
+        gpu = named(torch.cuda.get_device_name())
+        kind = {torch.float32: None}.get(dtype, "bf16") if definition.OP in PRODUCTS else None
+        line["percent_of_roofline"] = gpu and 100 * gpu.seconds(moved, flops, kind) / ours
     return line
+
+
+PRODUCTS = {"attention", "quant_linear"}  # whose FLOPs are matrix products
 
 
 def modes(inputs: dict[str, Any]) -> list[str]:
@@ -124,24 +251,39 @@ def modes(inputs: dict[str, Any]) -> list[str]:
     return ["fwd", "fwd+bwd"] if trains else ["fwd"]
 
 
-def _op_rows(definition: ModuleType, quick: bool) -> list[dict[str, Any]]:
+def _op_rows(
+    definition: ModuleType, quick: bool, against: Sequence[str] | None
+) -> list[dict[str, Any]]:
     shapes = list(definition.SHAPES)[: 1 if quick else None]
     rows = []
     for shape in shapes:
         for dtype in definition.DTYPES[: 1 if quick else None]:
             inputs = definition.inputs(dtype, device(), **definition.SHAPES[shape])
             for mode in modes(inputs):
-                rows.append(row(definition, shape, dtype, mode, 0.2 if quick else 1.0))
+                seconds = 0.2 if quick else 1.0
+                rows.append(row(definition, shape, dtype, mode, seconds, against))
     return rows
 
 
-def measure(definition: ModuleType, *, quick: bool = False) -> dict[str, Any]:
-    """A whole report: facts about the machine and the run, and the rows."""
-    is_op = hasattr(definition, "OP")
-    rows = _op_rows(definition, quick) if is_op else definition.measure(quick)
+def measure(
+    definition: ModuleType, *, quick: bool = False, against: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """A whole report: facts about the machine and the run, and the rows.
+
+    `against` names the rivals of ops, None all.
+    """
     assert definition.__file__ is not None
-    about = {"name": name_of(definition), "quick": quick, **facts(Path(definition.__file__).parent)}
-    return {**about, "rows": rows}
+    name, is_op = name_of(definition), hasattr(definition, "OP")
+    command = ["tilewright", "bench", name, *(["--quick"] if quick else [])]
+    if against is not None:
+        command += ["--against", ",".join(against)]
+    # the load before, not of, the measurement
+    about = {"name": name, "quick": quick, "command": " ".join(command)}
+    about |= facts(Path(definition.__file__).parent)
+    return {
+        **about,
+        "rows": _op_rows(definition, quick, against) if is_op else definition.measure(quick),
+    }
 
 
 def write(report: dict[str, Any], results: Path) -> Path:
@@ -162,9 +304,17 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+TOLD = (
+    "shape", "dtype", "mode", "milliseconds", "speedup_over", "gb_per_second",
+    "percent_of_roofline", "call_microseconds", "allocator_bound", "outside_tolerance",
+)  # fmt: skip
+
+
 def table(report: dict[str, Any]) -> Table:
-    """The rows as they are, a column for each of their keys."""
+    """The rows: of an op what matters, of another measurement a column for each of their keys."""
     columns = list(dict.fromkeys(key for line in report["rows"] for key in line))
+    if "speedup_over" in columns:
+        columns = [column for column in TOLD if column in columns]
     out = Table(
         *(c.replace("_", " ") for c in columns), title=f"{report['name']} on {report['device']}"
     )

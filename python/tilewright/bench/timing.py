@@ -1,50 +1,105 @@
-"""Rivals timed in turns, so that a slow moment of the machine falls on all of them alike."""
+"""Rivals timed in turns, so that a slow moment of the machine falls on all of them alike.
+
+On a GPU a sample is one call between two events on the stream, after the L2 cache was overwritten:
+the device's time, whatever the host took to launch it.  On a CPU it is the mean of as many calls as
+last a millisecond, caches warm.
+"""
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 SAMPLE_SECONDS = 1e-3  # a sample is as many calls as last this long: far above the clock's grain
+L2_BYTES = 256 << 20  # more than any GPU's L2
+QUEUED = 20  # calls in a row whose launching alone is timed: less than a stream's queue holds
 
 
-def _wait() -> None:
+class Spread(NamedTuple):
+    """The 20th, 50th and 80th percentile."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def spread(samples: Sequence[float]) -> Spread:
+    """Percentiles of at least one sample."""
+    if len(samples) == 1:
+        return Spread(samples[0], samples[0], samples[0])
+    cuts = statistics.quantiles(samples, n=10, method="inclusive")
+    return Spread(cuts[1], statistics.median(samples), cuts[7])
+
+
+def clock() -> float:
+    """Seconds, once the device has done all it was given: a timer for pytest-benchmark."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def _sample(fn: Callable[[], object], calls: int) -> float:
+def call_seconds(fn: Callable[[], object]) -> float:
+    """Median seconds the host spends in one call, not waiting for the device."""
+    fn(), fn()
+    samples = []
+    for _ in range(QUEUED):
+        clock()
+        start = time.perf_counter()
+        for _ in range(QUEUED):
+            fn()
+        samples.append((time.perf_counter() - start) / QUEUED)
+    return statistics.median(samples)
+
+
+def _cpu_sample(fn: Callable[[], object], calls: int) -> float:
     """Mean seconds a call, after two untimed ones: the first makes the allocator trim what the rival
     before left, the second faults in this one's own pages."""
     fn(), fn()
-    _wait()
     start = time.perf_counter()
     for _ in range(calls):
         fn()
-    _wait()
     return (time.perf_counter() - start) / calls
+
+
+def _cuda_sample(fn: Callable[[], object], flush: torch.Tensor) -> float:
+    """Seconds of one call on the device, its L2 cold."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    fn()
+    flush.zero_()
+    begin.record()
+    fn()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def interleaved(
     rivals: Mapping[str, Callable[[], object]], *, seconds: float, least: int = 5
-) -> dict[str, float]:
-    """Median seconds a call of each rival over rounds that time every one of them in turn.
+) -> dict[str, list[float]]:
+    """Seconds a call of each rival, one sample a round; a round times every one of them in turn.
 
     Rounds go on for about `seconds`, `least` of them at any rate; each round starts with another
-    rival.  Caches are left warm.
+    rival.
     """
-    names = list(rivals)
-    calls = {}
+    names, on_cuda = list(rivals), torch.cuda.is_available()
+    calls: dict[str, int] = {}
     for name, fn in rivals.items():
-        fn()  # the first call compiles; _sample's settles
-        calls[name] = max(1, round(SAMPLE_SECONDS / max(_sample(fn, 1), 1e-7)))
+        fn()  # the first call compiles; the sample's settles
+        if not on_cuda:
+            calls[name] = max(1, round(SAMPLE_SECONDS / max(_cpu_sample(fn, 1), 1e-7)))
+    flush = torch.empty(
+        L2_BYTES if on_cuda else 0, dtype=torch.uint8, device="cuda" if on_cuda else "cpu"
+    )
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     turn = 0
     while turn < least or time.perf_counter() < end:
         for i in range(len(names)):
             name = names[(turn + i) % len(names)]
-            samples[name].append(_sample(rivals[name], calls[name]))
+            fn = rivals[name]
+            sample = _cuda_sample(fn, flush) if on_cuda else _cpu_sample(fn, calls[name])
+            samples[name].append(sample)
         turn += 1
-    return {name: statistics.median(times) for name, times in samples.items()}
+    return samples
