@@ -36,7 +36,7 @@ def ours(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 def eager(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     """The formula as model code writes it (transformers' LlamaRMSNorm after the addition)."""
     h = x + residual
-    wide = h.float()
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
     y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
     return weight * y.to(x.dtype), h
 

@@ -36,7 +36,7 @@ def ours(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 
 def eager(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     """The formula as model code writes it (transformers' LlamaRMSNorm)."""
-    wide = x.float()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
     return (weight * y.to(x.dtype),)
 

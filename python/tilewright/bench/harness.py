@@ -201,7 +201,7 @@ def row(
             rivals.pop(name, None)
     moved, flops = _cost(definition, dtype, mode, sizes)
     on_cpu = place == "cpu"
-    copied = on_cpu and flops < BANDWIDTH_BOUND * moved
+    copied = on_cpu and mode == "fwd" and flops < BANDWIDTH_BOUND * moved
     timed = {**rivals, COPY: _copy(moved, place)} if copied else rivals
     samples = interleaved(timed, seconds=seconds)
     times = {name: spread(seconds) for name, seconds in samples.items()}
@@ -304,20 +304,28 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-TOLD = (
-    "shape", "dtype", "mode", "milliseconds", "speedup_over", "gb_per_second",
-    "percent_of_roofline", "call_microseconds", "allocator_bound", "outside_tolerance",
-)  # fmt: skip
-
-
 def table(report: dict[str, Any]) -> Table:
-    """The rows: of an op what matters, of another measurement a column for each of their keys."""
-    columns = list(dict.fromkeys(key for line in report["rows"] for key in line))
-    if "speedup_over" in columns:
-        columns = [column for column in TOLD if column in columns]
-    out = Table(
-        *(c.replace("_", " ") for c in columns), title=f"{report['name']} on {report['device']}"
-    )
-    for line in report["rows"]:
-        out.add_row(*(_cell(line.get(c)) for c in columns))
+    """The rows: of an op our time and how many times longer each rival takes, of another
+    measurement a column for each of their keys."""
+    rows, title = report["rows"], f"{report['name']} on {report['device']}"
+    if not rows or "speedup_over" not in rows[0]:
+        columns = list(dict.fromkeys(key for line in rows for key in line))
+        out = Table(*(c.replace("_", " ") for c in columns), title=title)
+        for line in rows:
+            out.add_row(*(_cell(line.get(c)) for c in columns))
+        return out
+    rivals = list(dict.fromkeys(name for line in rows for name in line["speedup_over"]))
+    notes = list(dict.fromkeys(n for line in rows for n in line["outside_tolerance"].items()))
+    out = Table("case", "ours, ms", *(f"over {n}" for n in rivals), "GB/s", "% roof", title=title)
+    for line in rows:
+        case = f"{line['shape']} {line['dtype']} {line['mode']}"
+        ratios = (line["speedup_over"].get(name) for name in rivals)
+        out.add_row(
+            case + (" (allocator-bound)" if line["allocator_bound"] else ""),
+            f"{line['milliseconds']['tilewright']:.4g}",
+            *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            f"{line['gb_per_second']:.3g}",
+            "" if line.get("percent_of_roofline") is None else f"{line['percent_of_roofline']:.0f}",
+        )
+    out.caption = "; ".join(f"{name}: {why}" for name, why in notes) or None
     return out
