@@ -42,7 +42,11 @@ def results(tmp_path: Path) -> Path:
         "threads": 2, "torch": "2.13.0", "triton": "3.6.0", "commit": "0123456789", "date": "2026-01-02",
         "uncommitted_changes": False, "command": "tilewright bench rms_norm",
     }  # fmt: skip
-    rows = [row("small", 1000, "fwd", 2.0), row("large", 9000, "fwd", 0.8), row("large", 9000, "fwd+bwd", 3.0)]
+    rows = [
+        row("small", 1000, "fwd", 2.0),
+        row("large", 9000, "fwd", 0.8),
+        row("large", 9000, "fwd+bwd", 3.0),
+    ]
     (tmp_path / "a-cpu").mkdir()
     (tmp_path / "a-cpu/rms_norm.json").write_text(json.dumps({**about, "rows": rows}))
     (tmp_path / "a-cpu/generate.json").write_text(json.dumps({**about, "rows": [{"tokens": 1}]}))
@@ -56,7 +60,9 @@ def test_losses_are_told_first_and_marked(page, results, tmp_path):
     assert "Where we lose: 1 rows" in text and "eager takes 0.80 of our time" in text
     assert text.index("eager takes") < text.index("<table>")
     assert text.count('<td class="loss">') == 1 and '<td class="loss">0.80</td>' in text
-    assert "A &lt;CPU&gt;" in text and "tilewright bench rms_norm" in text and "generate" not in text
+    assert (
+        "A &lt;CPU&gt;" in text and "tilewright bench rms_norm" in text and "generate" not in text
+    )
     assert not re.search(r'(src|href)="(?!data:)', text)  # nothing from elsewhere
 
 
