@@ -85,6 +85,9 @@ def facts(directory: Path) -> dict[str, Any]:
         "llama_cpp": package_version("llama_cpp_python"),
         "tilewright": tilewright.__version__,
         "commit": _git(directory, "rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git(directory, "status", "--porcelain")),
+        # records just written, of ops measured before this one, change nothing that is measured
+        "uncommitted_changes": bool(
+            _git(directory, "status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
+        ),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
