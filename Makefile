@@ -13,10 +13,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup build demo test test-full lint types bench page peers clean
+.PHONY: help setup build demo test test-full lint types bench page gpu peers clean
 
 help:
-	@echo "make setup | build | demo | test | test-full | lint | types | bench | page | peers | clean"
+	@echo "make setup | build | demo | test | test-full | lint | types | bench | page | gpu | peers | clean"
 
 setup: $(VENV)/.ready
 
@@ -61,6 +61,10 @@ bench: build
 # the ops on record as one HTML page: tables, losses, plots, rooflines
 page: build
 	$(BIN)/python benchmarks/page.py build/page.html
+
+# on a machine with a GPU, with the Python that calls it and no network: ARGS="--minutes 9"
+gpu:
+	$(PYTHON) .ci/gpu.py $(ARGS)
 
 # llama.cpp, built from source (minutes): the rival that `make demo` shows where it is installed
 peers: $(VENV)/.ready

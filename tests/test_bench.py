@@ -158,3 +158,22 @@ def test_rivals_can_be_chosen(definition):
 def test_spread():
     assert timing.spread([3.0]) == (3.0, 3.0, 3.0)
     assert timing.spread([float(i) for i in range(11)]) == (2.0, 5.0, 8.0)
+
+
+def test_the_command_says_in_a_line_what_was_wrong(tmp_path, definition, capsys):
+    cli = pytest.importorskip("tilewright.cli")
+    (tmp_path / "bench_double.py").write_text(DEFINITION.replace("x * by", "x * by * 1.01"))
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["bench", "double", "--directory", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert exit.value.code == 1 and said.startswith("tilewright: double is wrong and was not timed")
+    assert len(said.splitlines()) == 1 and not (tmp_path / "results").exists()
+
+
+def test_an_unknown_rival_exits_2(tmp_path, definition, capsys):
+    cli = pytest.importorskip("tilewright.cli")
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["bench", "double", "--directory", str(tmp_path), "--against", "warp_drive"])
+    assert (
+        exit.value.code == 2 and "no rival warp_drive; there are eager" in capsys.readouterr().err
+    )

@@ -284,7 +284,11 @@ def bench(
         )
     console = Console()
     for definition in definitions:
-        report = harness.measure(definition, quick=quick, against=rivals)
+        try:
+            report = harness.measure(definition, quick=quick, against=rivals)
+        except AssertionError as wrong:  # ours fail the tolerance rule
+            typer.echo(f"tilewright: {definition.OP} is wrong and was not timed: {wrong}", err=True)
+            raise typer.Exit(1) from None
         console.print(harness.table(report))
         where = harness.write(report, output or directory / "results")
         console.print(f"written to {where}", markup=False)

@@ -1,0 +1,235 @@
+"""`make gpu`: everything a machine with a GPU and no network can tell, in nine minutes, in one file.
+
+In turn, each with what time is left: build; every test on the device; the quick benchmarks with the
+peers that are installed; one launch of each op under compute-sanitizer (memcheck, racecheck), where
+that is installed.  The file is written anew after every step, so that a run cut short leaves what it
+found, and names what it left out.  It goes to benchmarks/results/<device>/gpu.json; without a GPU,
+where every step runs on the CPU to try this script itself, only to --output.
+
+python .ci/gpu.py [--minutes 9] [--output FILE]
+python .ci/gpu.py --launch OP          one forward and backward of OP, for the sanitizer
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+TAIL = 2000  # characters kept of what a failed step said
+LEAST = 20.0  # seconds below which a step is not begun
+
+
+def environment() -> dict[str, str]:
+    modes = ("TRITON_INTERPRET", "TILEWRIGHT_CPU_ISA")
+    clean = {key: value for key, value in os.environ.items() if key not in modes}
+    return clean | {"PYTHONPATH": str(ROOT / "python"), "HF_HUB_OFFLINE": "1"}
+
+
+class Run:
+    """The results so far, the time left, and where they are written."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end = time.monotonic() + 60 * minutes
+        self.results: dict[str, Any] = {"name": "gpu", "quick": True, "left_out": [], "seconds": {}}
+        self.path: Path | None = None
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def write(self) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_suffix(".part")
+        draft.write_text(json.dumps(self.results, indent=1) + "\n")
+        draft.replace(self.path)
+
+    def step(
+        self, name: str, command: list[str], most: float
+    ) -> subprocess.CompletedProcess[str] | None:
+        """Run it within `most` seconds and what is left; None, and named as left out, where it
+        could not begin or end."""
+        limit = min(most, self.left())
+        if limit < LEAST:
+            self.results["left_out"].append(f"{name}: no time left")
+            return None
+        print(f"== {name}", flush=True)
+        start = time.monotonic()
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit
+            )
+        except subprocess.TimeoutExpired:
+            self.results["left_out"].append(f"{name}: cut after {limit:.0f} s")
+            return None
+        finally:
+            self.results["seconds"][name] = round(time.monotonic() - start, 1)
+        return done
+
+
+def ops() -> list[str]:
+    """The public ops."""
+    return sorted(path.stem for path in (ROOT / "python/tilewright/ops").glob("[a-z]*.py"))
+
+
+def build(run: Run) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    os.environ["TILEWRIGHT_REQUIRE_EXT"] = "1"
+    done = run.step("build", command, 200)
+    run.results["build"] = None if done is None else done.returncode == 0
+    if done is not None and done.returncode:
+        run.results["build_said"] = done.stderr[-TAIL:]
+
+
+def about(run: Run, output: Path | None) -> None:
+    """Facts, in a process of its own: the extension it loads was built a moment ago."""
+    code = (
+        "import json; from pathlib import Path; from tilewright.bench.facts import facts;"
+        f"print(json.dumps(facts(Path({str(BENCHMARKS)!r}))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    run.results |= json.loads(done.stdout.splitlines()[-1])
+    if output is None and run.results["gpu"] is None:
+        raise SystemExit("gpu.py: there is no GPU here: give --output FILE to try it on the CPU")
+    run.path = output or BENCHMARKS / "results" / run.results["device"] / "gpu.json"
+
+
+def test(run: Run) -> None:
+    """Every test file by itself, the ops' first: one that hangs costs only itself."""
+    found: dict[str, dict[str, Any]] = {}
+    run.results["tests"] = found
+    names = sorted(path.stem for path in ROOT.glob("tests/test_*.py"))
+    first = [n for n in names if any(n.startswith(f"test_{op}") for op in ops())]
+    for name in (*first, *(n for n in names if n not in first)):
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.xml"
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-m",
+                "not slow",
+                f"--junit-xml={report}",
+            ]
+            # the benchmarks and the sanitizer have their share
+            limit = min(150.0, run.left() - 150)
+            done = run.step(f"tests/{name}.py", [*command, f"tests/{name}.py"], limit)
+            if done is None:
+                continue
+            suite = (
+                ElementTree.parse(report).getroot().find("testsuite") if report.is_file() else None
+            )
+        if suite is None:
+            found[name] = {"error": (done.stdout + done.stderr)[-TAIL:]}
+            continue
+        bad = [
+            f"{case.get('name')}: {(fault.get('message') or '')[:300]}"
+            for case in suite.iter("testcase")
+            for fault in (*case.findall("failure"), *case.findall("error"))
+        ]
+        found[name] = {"tests": int(suite.get("tests", 0)), "failed": bad}
+        run.write()
+    passed = []
+    for op in ops():
+        mine = [n for n in names if n == f"test_{op}" or n.startswith(f"test_{op}_")]
+        if mine and all(found.get(n, {}).get("tests") and not found[n]["failed"] for n in mine):
+            passed.append(op)
+    run.results["tests_passed"] = passed if run.results["gpu"] else []
+
+
+def bench(run: Run) -> None:
+    rows: list[dict[str, Any]] = []
+    run.results["rows"] = rows
+    for op in ops():
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "tilewright.cli", "bench", op, "--quick"]
+            done = run.step(f"bench {op}", [*command, "--output", folder], 90)
+            if done is None:
+                continue
+            if done.returncode:
+                run.results.setdefault("bench_failed", {})[op] = done.stderr[-TAIL:]
+            for path in Path(folder).rglob(f"{op}.json"):
+                rows += [{"op": op, **row} for row in json.loads(path.read_text())["rows"]]
+        run.write()
+
+
+def sanitize(run: Run) -> None:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or run.results["gpu"] is None:
+        run.results["left_out"].append("compute-sanitizer: not installed, or no GPU")
+        return
+    found: dict[str, str] = {}
+    run.results["sanitizer"] = found
+    for check in ("memcheck", "racecheck"):
+        for op in ops():
+            command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__]
+            done = run.step(f"{check} {op}", [*command, "--launch", op], 60)
+            if done is not None:
+                clean = done.returncode == 0
+                found[f"{check} {op}"] = "clean" if clean else (done.stdout + done.stderr)[-TAIL:]
+            run.write()
+
+
+def launch(op: str) -> None:
+    """One forward and backward at the op's smallest benchmark."""
+    import torch
+
+    from tilewright.bench import harness
+
+    (definition,) = harness.discover(BENCHMARKS, [op])
+    dtype = definition.DTYPES[-1]
+    sizes = min(definition.SHAPES.values(), key=lambda sizes: definition.cost(dtype, **sizes)[0])
+    inputs = definition.inputs(dtype, harness.device(), **sizes)
+    for x in inputs.values():
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            x.requires_grad_()
+    outputs = definition.PROVIDERS["tilewright"](**inputs)
+    live = [y for y in outputs if y.requires_grad]
+    torch.autograd.backward(live, [torch.ones_like(y) for y in live])
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--launch", metavar="OP", choices=ops())
+    options = parser.parse_args()
+    if options.launch:
+        launch(options.launch)
+        return 0
+    if options.minutes <= 0:
+        parser.error(f"--minutes {options.minutes} is no time")
+    run = Run(options.minutes)
+    build(run)
+    about(run, options.output)
+    run.write()
+    for step in (test, bench, sanitize):
+        step(run)
+        run.write()
+    failed = [
+        n for n, found in run.results["tests"].items() if found.get("error") or found.get("failed")
+    ]
+    print(f"tests failed: {', '.join(failed) or 'none'}")
+    print(f"left out: {'; '.join(run.results['left_out']) or 'nothing'}")
+    print(f"written to {run.path}")
+    return int(bool(failed) or run.results["build"] is False or "bench_failed" in run.results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
