@@ -12,6 +12,7 @@ from torch import Tensor
 from tilewright import ops
 
 OP = "attention"
+TENSOR_CORES = True
 SHAPES: dict[str, dict] = {
     "prefill 512": {"B": 1, "H": 9, "G": 3, "S": 512, "T": 512, "D": 64},
     "decode 128": {"B": 1, "H": 9, "G": 3, "S": 1, "T": 128, "D": 64},

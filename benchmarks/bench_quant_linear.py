@@ -8,6 +8,7 @@ from torch import Tensor
 from tilewright import QuantTensor, ops, reference
 
 OP = "quant_linear"
+TENSOR_CORES = True
 DTYPES = (torch.float32, torch.bfloat16)
 GROUP = 32
 SHAPES: dict[str, dict] = {

@@ -57,6 +57,14 @@ def _image(draw: Callable[[Axes], None], height: float, label: str) -> str:
     return f'<img alt="{html.escape(label)}" src="data:image/svg+xml;base64,{data}">'
 
 
+def _logarithms(axes: Axes, x: str, y: str) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def _rivals(report: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for row in report["rows"] for name in row["speedup_over"]))
 
@@ -104,11 +112,7 @@ def sizes(report: dict[str, Any]) -> str:
                 )
                 line = "-" if name == "tilewright" else ":"
                 axes.plot(*zip(*points, strict=True), marker="o", ls=line, label=f"{name} {mode}")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("least bytes moved")
-        axes.set_ylabel("milliseconds")
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        _logarithms(axes, "least bytes moved", "milliseconds")
 
     return _image(draw, 4.5, f"{report['name']}: time over sizes")
 
@@ -134,11 +138,7 @@ def roofline(report: dict[str, Any]) -> str:
             axes.plot(
                 ends, [speed * e for e in ends], color="#888", lw=1, label=f"{speed:.0f} GB/s"
             )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("FLOPs a byte")
-        axes.set_ylabel("GFLOP/s")
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        _logarithms(axes, "FLOPs a byte", "GFLOP/s")
 
     return _image(draw, 4, f"{report['name']}: roofline")
 

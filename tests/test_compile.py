@@ -1,9 +1,10 @@
-"""What the compiler makes of every variant that kernels/*.py ships, without a GPU: no spills, shared
-memory within the smallest chip's limit, matrix instructions where there is a tl.dot, 16-byte loads,
-no wgmma held up.  sm_80, 90 and 100; in the slow tests, every chip."""
+"""What the compilers make of every variant that kernels/*.py ships and of csrc/cuda/*.cu, without a
+GPU: no spills, shared memory within the smallest chip's limit, matrix instructions where there is a
+tl.dot, 16-byte loads, no wgmma held up.  sm_80, 90 and 100; in the slow tests, every chip."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = [
     p.stem for p in sorted((ROOT / "kernels").glob("*.py")) if "def variants(" in p.read_text()
 ]
+if shutil.which("nvcc"):
+    FILES += sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu"))
 # A tile of fewer than 64 rows is not wgmma's or tcgen05's: the older mma.sync serves it there.
 # 99 KiB is what one block may take on sm_86, 89 and 120.
 SHARED = 99 * 1024
@@ -64,7 +67,7 @@ def known(row: dict, warning: str) -> bool:
 def check(name: str, archs: tuple[int, ...], cache: Path) -> None:
     done = run(name, "--arch", *map(str, archs), cache=cache)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert rows, f"kernels/{name}.py: {done.stderr}"
+    assert rows, f"{name}: {done.stderr}"
     told = [
         f"{row['kernel']} {row['constants']} {row['options']} sm_{row['arch']}: {fault}"
         for row in rows

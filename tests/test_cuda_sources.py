@@ -1,5 +1,5 @@
-"""Every csrc/cuda/*.cu compiles for sm_80 and sm_90a without a warning or a spill, and the
-arithmetic of one lane, which is also host code, gives the weight's product on the CPU."""
+"""The arithmetic of one lane of csrc/cuda/*.cuh, which is also host code, gives the weight's product
+on the CPU.  test_compile.py holds what nvcc makes of the sources."""
 
 import ctypes
 import re
@@ -23,19 +23,6 @@ def nvcc(*args: str) -> str:
     done = subprocess.run([str(NVCC), *FLAGS, *args], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("arch", ["80", "90a"])
-@pytest.mark.parametrize("source", sorted(CUDA.glob("*.cu")), ids=lambda p: p.stem)
-def test_compiles_without_spills(source: Path, arch: str, tmp_path: Path):
-    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    log = nvcc("-Xptxas", "-v", target, "-c", str(source), "-o", str(tmp_path / "unit.o"))
-    kernels = re.findall(r"Compiling entry function '(\w+)'", log)
-    frames = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
-    )
-    assert kernels and len(frames) >= len(kernels), log
-    assert all(int(stores) == int(loads) == 0 for _, stores, loads in frames), log
 
 
 def test_device_code_includes_no_torch():

@@ -24,11 +24,11 @@ constexpr int WARPS = 4;
 constexpr int CODES = 32;  // a lane's share of a row: 16 bytes
 
 // Output features a block computes, and blocks a multiprocessor must hold: what fits in registers
-// without a spill (tests/test_cuda_sources.py).
+// without a spill (tests/test_compile.py).
 template <int M>
 constexpr int ROWS = M > 4 ? 2 : 4;
-template <int M>
-constexpr int RESIDENT = M == 1 ? 6 : 3;
+template <typename T, int M>
+constexpr int RESIDENT = M == 1 ? 6 : (M > 4 && sizeof(T) == 4) ? 2 : 3;
 
 __host__ __device__ inline float as_float(uint32_t bits) {
   float f;
@@ -149,7 +149,7 @@ __host__ __device__ inline void lane_sums(const Int4Gemv& a, int64_t n0, int lan
 }
 
 template <typename T, int M, bool OFFSET>
-__global__ void __launch_bounds__(WARPS * 32, RESIDENT<M>) int4_gemv_kernel(const Int4Gemv a) {
+__global__ void __launch_bounds__(WARPS * 32, RESIDENT<T, M>) int4_gemv_kernel(const Int4Gemv a) {
   constexpr int R = ROWS<M>;
   const int64_t n0 = static_cast<int64_t>(blockIdx.x) * R;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;

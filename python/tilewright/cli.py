@@ -338,8 +338,8 @@ def inspect(
     dtype: Annotated[ShortDType, typer.Option()] = ShortDType.bf16,
     backward: Annotated[bool, typer.Option("--backward", help="The gradient's kernels.")] = False,
     programs: Annotated[
-        int, typer.Option(min=1, help="Of a larger grid, interpret so many.")
-    ] = 16384,
+        int | None, typer.Option(min=1, help="Of a larger grid, interpret so many.")
+    ] = None,
     directory: Annotated[Path, typer.Option(help="Where bench_<name>.py are.")] = Path(
         "benchmarks"
     ),
@@ -360,7 +360,7 @@ def inspect(
         "dtype": dtype.value,
         "arch": int(arch.value.removeprefix("sm_")),
         "backward": backward,
-        "programs": programs,
+        "programs": programs or inspection.PROGRAMS,
     }
     if ptx or sass:
         typer.echo(inspection.code(definition, "ptx" if ptx else "sass", **wanted))

@@ -5,7 +5,8 @@ A file benchmarks/bench_<name>.py defines one of two things:
 - an op: OP, SHAPES (name -> sizes), DTYPES, inputs(dtype, device, **sizes) -> kwargs,
   PROVIDERS (name -> fn(**inputs), with "tilewright" and "eager" among them), cost(dtype, **sizes) ->
   (least bytes moved, FLOPs) of the forward pass, and backward_cost of the backward.  Inputs that
-  require a gradient make the harness time forward and backward too;
+  require a gradient make the harness time forward and backward too.  TENSOR_CORES where the FLOPs
+  are matrix products: what a GPU's roofline is then;
 - a measurement of its own: measure(quick) -> rows.
 
 A row is verified before it is timed: ours by the tolerance rule against eager in float64, else
@@ -31,7 +32,6 @@ from tilewright.testing import assert_within
 # Buffers from here up are fresh mmaps at every call: the time is the page faults', not the kernel's
 MMAP_BYTES = 32 << 20
 COPY = "copy"  # the CPU's roofline: as many bytes moved by torch's copy, in the same rounds
-PRODUCTS = {"attention", "quant_linear"}  # ops whose FLOPs are matrix products
 BANDWIDTH_BOUND = 10  # FLOPs a byte below which a CPU waits for memory
 
 
@@ -239,7 +239,11 @@ def row(
         line["percent_of_roofline"] = 100 * times[COPY].p50 / ours
     elif not on_cpu:
         gpu = named(torch.cuda.get_device_name())
-        kind = {torch.float32: None}.get(dtype, "bf16") if definition.OP in PRODUCTS else None
+        kind = (
+            {torch.float32: None}.get(dtype, "bf16")
+            if hasattr(definition, "TENSOR_CORES")
+            else None
+        )
         line["percent_of_roofline"] = gpu and 100 * gpu.seconds(moved, flops, kind) / ours
     return line
 

@@ -27,6 +27,7 @@ from tilewright.bench import harness
 from tilewright.lab.roofline import GPUS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROGRAMS = 16384  # of a larger grid so many are interpreted: half a minute
 COUNTS = ("bytes_loaded", "bytes_stored", "atomics", "dot_flops")
 
 
@@ -148,7 +149,7 @@ def inspect(
     dtype: str = "bf16",
     arch: int = 90,
     backward: bool = False,
-    programs: int = 2048,
+    programs: int = PROGRAMS,
 ) -> dict[str, Any]:
     """Traffic, code and roofline of every kernel an op launches, JSON-ready.
 

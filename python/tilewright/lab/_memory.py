@@ -14,7 +14,7 @@ from torch import Tensor
 
 POISON = 0xFD  # fills what torch.empty gives out: NaN in float16, -4e37 in float32 and bfloat16
 WATCHED = 64  # allocations whose unwritten bytes are known at a time
-VAST, CHUNK = 1 << 28, 1 << 16  # cells of a region that is counted by chunks, and of a chunk
+VAST, CHUNK = 1 << 29, 1 << 16  # bytes of a region that is counted by chunks; cells of a chunk
 NOBODY, MANY, ATOMICALLY = 0, -1, -2  # who touched a cell; else a program's number from 1
 
 
@@ -97,7 +97,7 @@ class _Region:
     touched: set[int] = field(default_factory=set)  # of a vast region: the chunks looked into
 
     def is_vast(self) -> bool:
-        return self.reader.size > VAST
+        return self.end - self.start > VAST
 
     def count(self, cells: np.ndarray) -> int:
         """How many were touched; of a vast region no page is read that nobody touched."""

@@ -209,7 +209,7 @@ def _loads(ptx: str) -> dict[str, Any]:
 
 
 def build_cuda(file: str, arch: int) -> list[Built]:
-    """Every kernel of a CUDA source; RuntimeError with what nvcc said."""
+    """Every kernel of a CUDA source; what went wrong is in `error`, of a row of its own."""
     target = f"{arch}a" if arch >= 90 else str(arch)
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
@@ -219,7 +219,8 @@ def build_cuda(file: str, arch: int) -> list[Built]:
             capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode:
-            raise RuntimeError(f"{file}: nvcc: {done.stdout}{done.stderr}")
+            said = f"nvcc: {done.stdout}{done.stderr}"[:2000]
+            return [Built(file=file, kernel=file, constants={}, options={}, arch=arch, error=said)]
         ptx = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
     log, rows = done.stdout + done.stderr, []
     for name, text in re.findall(r"\.entry (\w+)\((.*?)(?=\.entry |\Z)", ptx, re.S):
@@ -248,8 +249,6 @@ def build_cuda(file: str, arch: int) -> list[Built]:
                 **_loads(text),
             )
         )
-    if not rows:
-        raise RuntimeError(f"{file}: no kernel in it")
     return rows
 
 
