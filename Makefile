@@ -13,10 +13,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup build demo test test-full lint types bench page gpu peers clean
+.PHONY: help setup build demo test test-full lint types bench page gpu gpu-tune peers clean
 
 help:
-	@echo "make setup | build | demo | test | test-full | lint | types | bench | page | gpu | peers | clean"
+	@echo "make setup | build | demo | test | test-full | lint | types | bench | page | gpu | gpu-tune | peers | clean"
 
 setup: $(VENV)/.ready
 
@@ -65,6 +65,10 @@ page: build
 # on a machine with a GPU, with the Python that calls it and no network: ARGS="--minutes 9"
 gpu:
 	$(PYTHON) .ci/gpu.py $(ARGS)
+
+# on a machine with a GPU: the launch configurations it ships, searched for, minutes at a time
+gpu-tune:
+	PYTHONPATH=python $(PYTHON) -m tilewright.cli tune --ship $(ARGS)
 
 # llama.cpp, built from source (minutes): the rival that `make demo` shows where it is installed
 peers: $(VENV)/.ready

@@ -26,7 +26,8 @@ def inputs(
 ) -> dict:
     q = torch.randn(B, H, S, D, device=device, dtype=dtype)
     k, v = (torch.randn(B, G, T, D, device=device, dtype=dtype) for _ in range(2))
-    return {"q": q, "k": k, "v": v}
+    trains = S > 1  # one query is a model that answers
+    return {name: x.requires_grad_(trains) for name, x in (("q", q), ("k", k), ("v", v))}
 
 
 def _ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tilewright.bench import harness
+from tilewright.bench.correctness import verified
 from tilewright.bench.timing import clock
 
 DEFINITIONS = [d for d in harness.discover(Path(__file__).parent) if hasattr(d, "OP")]
@@ -34,7 +35,7 @@ def cases() -> Iterator[Any]:
 def test_speed(definition, shape, dtype, provider, benchmark):
     inputs = definition.inputs(dtype, harness.device(), **definition.SHAPES[shape])
     torch.compiler.reset()
-    wrong = harness.verified(harness.chosen(definition, [provider]), inputs, dtype)
+    wrong = verified(harness.chosen(definition, [provider]), inputs, dtype, grad=False)
     benchmark.extra_info["outside_tolerance"] = wrong[provider]
     moved, flops = definition.cost(dtype, **definition.SHAPES[shape])
     benchmark.extra_info |= {"bytes": moved, "flops": flops}

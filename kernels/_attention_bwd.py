@@ -15,18 +15,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tile import (
+    KEYS,
     LOG2E,
     LOWEST,
-    config,
+    by_head_dim,
     dense_rows,
     divisor,
     heads_last,
+    key,
     load_rows,
+    padded,
     signature,
+    space,
     spans,
     store_rows,
     visible,
 )
+from ._tune import Config, Tunable, split
 
 
 @triton.jit
@@ -210,8 +215,16 @@ _DKV = {64: (32, 64, 8, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)}
 _DKV_FLOAT32 = {64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)}
 
 
-def _tables(dtype: torch.dtype) -> tuple[dict, dict]:
-    return (_DQ_FLOAT32, _DKV_FLOAT32) if dtype == torch.float32 else (_DQ, _DKV)
+def _dq_heuristic(dtype: torch.dtype, BLOCK_D: int, causal: bool, S: int) -> Config:
+    return by_head_dim(_DQ_FLOAT32 if dtype == torch.float32 else _DQ, BLOCK_D)
+
+
+def _dkv_heuristic(dtype: torch.dtype, BLOCK_D: int, causal: bool, S: int) -> Config:
+    return by_head_dim(_DKV_FLOAT32 if dtype == torch.float32 else _DKV, BLOCK_D)
+
+
+DQ = Tunable("attention_dq", ("attention",), KEYS, _dq_heuristic, space)
+DKV = Tunable("attention_dkv", ("attention",), KEYS, _dkv_heuristic, space)
 
 
 def attention_bwd(
@@ -227,18 +240,19 @@ def attention_bwd(
         "GROUP": H // G,
         "HEAD_DIM": D,
         "CAUSAL": causal,
+        "BLOCK_D": padded(D),
+        "enable_fp_fusion": True,
     }
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    dq_table, dkv_table = _tables(q.dtype)
     if dq.numel():
-        blocks, options = config(dq_table, D)
-        _attention_dq_kernel[(triton.cdiv(S, blocks["BLOCK_M"]), B * H)](
-            q, k, v, dout, stats, dq, *strides, H, S, T, scale, **fixed, **blocks, **options
+        config = DQ(q.device, *key(q, causal))
+        _attention_dq_kernel[(triton.cdiv(S, config["BLOCK_M"]), B * H)](
+            q, k, v, dout, stats, dq, *strides, H, S, T, scale, **fixed, **config
         )
     if dk.numel():
-        blocks, options = config(dkv_table, D)
-        _attention_dkv_kernel[(triton.cdiv(T, blocks["BLOCK_N"]), B * G)](
-            q, k, v, dout, stats, dk, dv, *strides, G, S, T, scale, **fixed, **blocks, **options
+        config = DKV(q.device, *key(q, causal))
+        _attention_dkv_kernel[(triton.cdiv(T, config["BLOCK_N"]), B * G)](
+            q, k, v, dout, stats, dk, dv, *strides, G, S, T, scale, **fixed, **config
         )
     return dq, dk, dv
 
@@ -250,9 +264,10 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
         inputs = dict.fromkeys(("q", "k", "v", "dout"), dtype) | {"stats": torch.float32}
         for D in (64, 128, 256):
             (dq_blocks, dq_options), (dkv_blocks, dkv_options) = (
-                config(table, D) for table in _tables(dtype)
+                split(heuristic(dtype, D, True, 4096))
+                for heuristic in (_dq_heuristic, _dkv_heuristic)
             )
-            fixed = {"GROUP": 4, "HEAD_DIM": D, "CAUSAL": True}
+            fixed = {"GROUP": 4, "HEAD_DIM": D, "CAUSAL": True, "BLOCK_D": D}
             dq = signature(inputs | {"dq": dtype})
             dkv = signature(inputs | {"dk": dtype, "dv": dtype}, "G")
             found += [

@@ -9,8 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tune import Config, Tunable, bucket, grid
+
 TILE = 2048  # elements a program: narrow rows are batched, wide rows are split
 MAX_BLOCK_N = 1024
+MOST = 16384  # rows, and columns, from which more make no difference
 
 
 @triton.jit
@@ -85,17 +88,35 @@ def _halves(packed: Tensor) -> tuple[Tensor, Tensor]:
     return packed[..., :half], packed[..., half:]
 
 
-def _launch(kernel: triton.JITFunction, tensors: list[Tensor], act: str) -> None:
+def _heuristic(dtype: torch.dtype, M: int, N: int) -> Config:
+    BLOCK_N = min(N, MAX_BLOCK_N)
+    return {"BLOCK_M": TILE // BLOCK_N, "BLOCK_N": BLOCK_N, "num_warps": 4}
+
+
+def _space(dtype: torch.dtype, M: int, N: int) -> list[Config]:
+    """Tiles of 1024 to 8192 elements."""
+    found = []
+    for BLOCK_N in sorted({min(N, width) for width in (256, 512, 1024, 2048, 4096)}):
+        rows = tuple(tile // BLOCK_N for tile in (1024, 2048, 4096, 8192) if tile >= BLOCK_N)
+        found += grid(BLOCK_M=rows, BLOCK_N=(BLOCK_N,), num_warps=(2, 4, 8))
+    return found
+
+
+KEYS = ("dtype", "M", "N")
+FWD = Tunable("glu_fwd", ("swiglu", "geglu"), KEYS, _heuristic, _space)
+BWD = Tunable("glu_bwd", ("swiglu", "geglu"), KEYS, _heuristic, _space)
+
+
+def _launch(kernel: triton.JITFunction, tunable: Tunable, tensors: list[Tensor], act: str) -> None:
+    first = tensors[0]
     tensors = [_rows(t) for t in tensors]
     M, N = tensors[0].shape
-    block_n = min(triton.next_power_of_2(N), MAX_BLOCK_N)
-    block_m = TILE // block_n
-    kernel[(triton.cdiv(M, block_m), triton.cdiv(N, block_n))](
+    config = tunable(first.device, first.dtype, bucket(M, MOST), bucket(N, MOST))
+    kernel[(triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))](
         *tensors,
         *(t.stride(0) for t in tensors),
         M, N,
-        ACT=act, BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=4, enable_fp_fusion=True,
+        ACT=act, **config, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -104,7 +125,7 @@ def glu_fwd(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
     g, u = _halves(gate) if up is None else (gate, up)
     y = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     if y.numel():
-        _launch(_glu_fwd_kernel, [g, u, y], act)
+        _launch(_glu_fwd_kernel, FWD, [g, u, y], act)
     return y
 
 
@@ -112,7 +133,7 @@ def glu_bwd(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Ten
     """dy, gate, up [..., N] -> dgate, dup [..., N]."""
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     if dy.numel():
-        _launch(_glu_bwd_kernel, [dy, gate, up, dgate, dup], act)
+        _launch(_glu_bwd_kernel, BWD, [dy, gate, up, dgate, dup], act)
     return dgate, dup
 
 
@@ -120,7 +141,7 @@ def glu_packed_bwd(dy: Tensor, gate_up: Tensor, act: str) -> Tensor:
     """dy [..., N], gate_up [..., 2 N] -> dgate_up [..., 2 N]."""
     d = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     if dy.numel():
-        _launch(_glu_bwd_kernel, [dy, *_halves(gate_up), *_halves(d)], act)
+        _launch(_glu_bwd_kernel, BWD, [dy, *_halves(gate_up), *_halves(d)], act)
     return d
 
 

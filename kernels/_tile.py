@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tune import Config, bucket, grid
+
 LOWEST = tl.constexpr(-3.4028234e38)  # a running maximum that -inf minus it is not nan
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -51,12 +53,38 @@ def divisor(l, rows, S, T, CAUSAL: tl.constexpr):
     return tl.where(blind, float("inf"), l)
 
 
-def config(table: dict, D: int) -> tuple[dict, dict]:
-    """Constexprs and launch options for head dim D, of a table by padded head dim."""
-    block_d = max(16, triton.next_power_of_2(D))
-    m, n, warps, stages = table[max(64, block_d)]
-    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d}
-    return blocks, {"num_warps": warps, "num_stages": stages}
+KEYS = ("dtype", "BLOCK_D", "causal", "S")
+MOST_ROWS = 4096  # queries from which more make no difference
+
+
+def key(q: Tensor, causal: bool) -> tuple[torch.dtype, int, bool, int]:
+    """What the configurations go by: of q [B, H, S, D] with S > 0."""
+    return q.dtype, padded(q.shape[3]), causal, bucket(q.shape[2], MOST_ROWS)
+
+
+def padded(D: int) -> int:
+    """BLOCK_D, the head dim as tiles hold it."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def by_head_dim(table: dict[int, tuple[int, int, int, int]], BLOCK_D: int) -> Config:
+    """The entry of a table of BLOCK_M, BLOCK_N, num_warps, num_stages by padded head dim."""
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    return dict(zip(names, table[max(64, BLOCK_D)], strict=True))
+
+
+def space(dtype: torch.dtype, BLOCK_D: int, causal: bool, S: int) -> list[Config]:
+    """Tiles of which a thread holds 192 scores and sums at most."""
+    found = grid(
+        BLOCK_M=(16, 32, 64, 128), BLOCK_N=(16, 32, 64, 128),
+        num_warps=(4, 8), num_stages=(1, 2, 3, 4),
+    )  # fmt: skip
+    return [
+        c
+        for c in found
+        if c["BLOCK_M"] <= max(64, 4 * S)
+        if c["BLOCK_M"] * (c["BLOCK_N"] + BLOCK_D) <= 6144 * c["num_warps"]
+    ]
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -9,16 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tune import row_warps
+from ._tune import Tunable, bucket, row_warps
 from .rms_norm import (
     LOOP_BLOCK,
+    MOST_COLUMNS,
+    MOST_ROWS,
+    ROWS_KEYS,
     TILE,
     WHOLE_FWD,
     bwd_rows,
+    columns,
+    columns_space,
     normalise_rows,
-    row_tile,
     rows_of,
     scale_tile,
+    whole_rows,
+    whole_rows_space,
 )
 
 
@@ -75,6 +81,11 @@ def _add_rms_norm_fwd_loop_kernel(
     tl.store(rstd_ptr + row, rstd)
 
 
+OP = ("add_rms_norm",)
+FWD = Tunable("add_rms_norm_fwd", OP, ROWS_KEYS, whole_rows, whole_rows_space)
+FWD_LOOP = Tunable("add_rms_norm_fwd_loop", OP, ("dtype", "N"), columns, columns_space)
+
+
 def add_rms_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,21 +99,22 @@ def add_rms_norm_fwd(
     x, residual = rows_of(x), rows_of(residual)
     M, N = x.shape
     if N <= WHOLE_FWD:
-        BLOCK_M, BLOCK_N = row_tile(M, N)
-        _add_rms_norm_fwd_kernel[(triton.cdiv(M, BLOCK_M),)](
+        BLOCK_N = triton.next_power_of_2(N)
+        config = FWD(x.device, x.dtype, bucket(M, MOST_ROWS), BLOCK_N)
+        _add_rms_norm_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
             x, residual, w, y, h, rstd,
             x.stride(0), residual.stride(0),
             M, N, eps, offset,
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HAS_W=weight is not None,
-            num_warps=row_warps(BLOCK_M * BLOCK_N), enable_fp_fusion=True,
+            BLOCK_N=BLOCK_N, HAS_W=weight is not None,
+            **config, enable_fp_fusion=True,
         )  # fmt: skip
     else:
         _add_rms_norm_fwd_loop_kernel[(M,)](
             x, residual, w, y, h, rstd,
             x.stride(0), residual.stride(0),
             N, eps, offset,
-            BLOCK_N=LOOP_BLOCK, HAS_W=weight is not None,
-            num_warps=row_warps(LOOP_BLOCK), enable_fp_fusion=True,
+            HAS_W=weight is not None,
+            **FWD_LOOP(x.device, x.dtype, bucket(N, MOST_COLUMNS)), enable_fp_fusion=True,
         )  # fmt: skip
     return y, h, rstd
 

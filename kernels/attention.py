@@ -12,18 +12,23 @@ from torch import Tensor
 
 from ._attention_bwd import attention_bwd
 from ._tile import (
+    KEYS,
     LOG2E,
     LOWEST,
-    config,
+    by_head_dim,
     dense_rows,
     divisor,
     heads_last,
+    key,
     load_rows,
+    padded,
     signature,
+    space,
     spans,
     store_rows,
     visible,
 )
+from ._tune import Config, Tunable, split
 
 __all__ = ["attention_bwd", "attention_fwd", "variants"]
 
@@ -95,8 +100,12 @@ _HALF = {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)}
 _FLOAT32 = {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)}
 
 
-def _table(dtype: torch.dtype) -> dict:
-    return _FLOAT32 if dtype == torch.float32 else _HALF
+def _heuristic(dtype: torch.dtype, BLOCK_D: int, causal: bool, S: int) -> Config:
+    config = by_head_dim(_FLOAT32 if dtype == torch.float32 else _HALF, BLOCK_D)
+    return config | {"BLOCK_M": 16, "num_warps": 4} if S <= 16 else config
+
+
+FWD = Tunable("attention_fwd", ("attention",), KEYS, _heuristic, space)
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
@@ -105,16 +114,13 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
     q, k, v, out = dense_rows(q), dense_rows(k), dense_rows(v), heads_last(q)
     if out.numel() == 0:
         return out
-    blocks, options = config(_table(q.dtype), D)
-    if S <= 16:
-        blocks["BLOCK_M"] = 16
-        options["num_warps"] = 4
-    _attention_fwd_kernel[(triton.cdiv(S, blocks["BLOCK_M"]), B * H)](
+    config = FWD(q.device, *key(q, causal))
+    _attention_fwd_kernel[(triton.cdiv(S, config["BLOCK_M"]), B * H)](
         q, k, v, out,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         H, S, T, scale,
-        GROUP=H // G, HEAD_DIM=D, CAUSAL=causal,
-        **blocks, **options,
+        GROUP=H // G, HEAD_DIM=D, CAUSAL=causal, BLOCK_D=padded(D),
+        **config, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -125,9 +131,8 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
     for dtype in (torch.bfloat16, torch.float32):
         types = signature(dict.fromkeys(("q", "k", "v", "out"), dtype))
         for D in (64, 128, 256):
-            blocks, options = config(_table(dtype), D)
-            fixed = {"GROUP": 4, "HEAD_DIM": D, "CAUSAL": True}
-            few = blocks | {"BLOCK_M": 16}, options | {"num_warps": 4}
-            for shape, launch in ((blocks, options), few):
-                found.append((_attention_fwd_kernel, types, fixed | shape, launch))
+            fixed = {"GROUP": 4, "HEAD_DIM": D, "CAUSAL": True, "BLOCK_D": D}
+            for S in (16, 4096):
+                blocks, options = split(_heuristic(dtype, D, True, S))
+                found.append((_attention_fwd_kernel, types, fixed | blocks, options))
     return found

@@ -26,7 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tune import Config, Tunable, bucket, grid, split
+
 GEMV_ROWS = 8
+MOST_ROWS = 4096  # rows, and
+MOST_FEATURES = 32768  # features, from which more make no difference
 SYMMETRIC, ZEROS, MINIMA = 0, 1, 2
 DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -224,46 +228,100 @@ def _block_k(group: int, widest: int) -> int:
     return min(widest, 64, max(16, triton.next_power_of_2(group)))
 
 
-def _tiles(M: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
-    """Block sizes (BLOCK_K the widest wanted) and launch options of a matrix product of M rows."""
+def _tiles(M: int, dtype: torch.dtype) -> Config:
+    """The configuration of a matrix product of M rows; BLOCK_K the widest wanted."""
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     if dtype == torch.float32:  # three products and twice the bytes: half the tile
-        M = min(M, 64)
-        block = {"BLOCK_M": 64 if M > 32 else 16, "BLOCK_N": 64, "BLOCK_K": 32}
-        return block, {"num_warps": 4, "num_stages": 3}
-    if M <= 32:
-        block = {"BLOCK_M": 16 if M <= 16 else 32, "BLOCK_N": 64, "BLOCK_K": 128}
-        return block, {"num_warps": 4, "num_stages": 4}
-    if M <= 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, {"num_warps": 4, "num_stages": 4}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, {"num_warps": 8, "num_stages": 3}
+        chosen = (64 if M > 32 else 16, 64, 32, 4, 3)
+    elif M <= 32:
+        chosen = (16 if M <= 16 else 32, 64, 128, 4, 4)
+    elif M <= 128:
+        chosen = (64, 64, 64, 4, 4)
+    else:
+        chosen = (128, 128, 64, 8, 3)
+    return dict(zip(names, chosen, strict=True))
 
 
-def _gemv_tiles(M: int, group: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Block sizes and launch options for M <= GEMV_ROWS."""
-    block_m, block_k = triton.next_power_of_2(M), _block_k(group, 128)
+# The tunables' keys: (dtype, bits, group, M, N, K), the last three bucketed
+
+
+def _gemv_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
+    """For M <= GEMV_ROWS."""
+    block_k = _block_k(group, 128)
     # one row keeps 32 bytes of weight in flight a thread; more rows hold more x, and masked tiles
     # more addresses, so they take fewer columns lest registers spill
-    columns = 1024 if block_m == 1 else 512 if block_m == 2 else 256
+    columns = 1024 if M == 1 else 512 if M == 2 else 256
     block_n = 8
     if group % block_k:
         columns, block_n = 128, 4
-    block = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": max(1, columns // block_k)}
-    block |= {"BLOCK_K": block_k, "FULL": group % block_k == 0}
-    return block, {"num_warps": 4, "num_stages": 1}
+    block = {"BLOCK_N": block_n, "SPLIT": max(1, columns // block_k), "BLOCK_K": block_k}
+    return block | {"num_warps": 4, "num_stages": 1}
 
 
-def _gemm_tiles(M: int, dtype: torch.dtype, group: int) -> tuple[dict[str, int], dict[str, int]]:
-    block, options = _tiles(M, dtype)
-    block_k = _block_k(group, block["BLOCK_K"])
-    return block | {"BLOCK_K": block_k, "FULL": group % block_k == 0}, options
+def _gemm_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
+    config = _tiles(M, dtype)
+    return config | {"BLOCK_K": _block_k(group, config["BLOCK_K"])}
 
 
-def _dgrad_tiles(M: int, dtype: torch.dtype, group: int) -> tuple[dict[str, int], dict[str, int]]:
-    """_gemm_tiles with the output's columns along K, the walk along N."""
-    block, options = _tiles(M, dtype)
-    block_n, block_k = min(64, block["BLOCK_K"]), _block_k(group, block["BLOCK_N"])
-    block |= {"BLOCK_N": block_n, "BLOCK_K": block_k, "FULL": group % block_k == 0}
-    return block, options
+def _dgrad_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
+    """_gemm_heuristic with the output's columns along K, the walk along N."""
+    config = _tiles(M, dtype)
+    block_n, block_k = min(64, config["BLOCK_K"]), _block_k(group, config["BLOCK_N"])
+    return config | {"BLOCK_N": block_n, "BLOCK_K": block_k}
+
+
+def _widths(group: int) -> tuple[int, ...]:
+    """The BLOCK_K that divide a group; where none does, the one that masks it."""
+    return tuple(k for k in (32, 64, 128) if group % k == 0) or (_block_k(group, 128),)
+
+
+def _gemv_space(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> list[Config]:
+    """Tiles of 512 to 16384 weights."""
+    found = grid(
+        BLOCK_N=(1, 2, 4, 8, 16), SPLIT=(1, 2, 4, 8, 16, 32, 64), BLOCK_K=_widths(group),
+        num_warps=(2, 4, 8), num_stages=(1,),
+    )  # fmt: skip
+    tile = lambda c: c["BLOCK_N"] * c["SPLIT"] * c["BLOCK_K"]  # noqa: E731
+    return [c for c in found if 512 <= tile(c) <= 16384 // M] or [
+        _gemv_heuristic(dtype, bits, group, M, N, K)
+    ]
+
+
+def _product_space(
+    dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int
+) -> list[Config]:
+    """Tiles of which a thread holds 128 sums at most."""
+    found = grid(
+        BLOCK_M=(16, 32, 64, 128, 256), BLOCK_N=(32, 64, 128), BLOCK_K=_product_widths(group),
+        num_warps=(4, 8), num_stages=(2, 3, 4, 5),
+    )  # fmt: skip
+    return [
+        c
+        for c in found
+        if c["BLOCK_M"] <= max(64, M)
+        if c["BLOCK_M"] * max(c["BLOCK_N"], c["BLOCK_K"]) <= 4096 * c["num_warps"]
+    ]
+
+
+def _product_widths(group: int) -> tuple[int, ...]:
+    dividing = tuple(k for k in (32, 64, 128) if group % k == 0)
+    return dividing or tuple(sorted({_block_k(group, widest) for widest in (32, 64, 128)}))
+
+
+KEYS = ("dtype", "bits", "group", "M", "N", "K")
+OPS = ("quant_linear",)
+GEMV = Tunable("quant_linear_gemv", OPS, KEYS, _gemv_heuristic, _gemv_space)
+GEMM = Tunable("quant_linear_gemm", OPS, KEYS, _gemm_heuristic, _product_space)
+DGRAD = Tunable("quant_linear_dgrad", OPS, KEYS, _dgrad_heuristic, _product_space)
+
+
+def _config(
+    tunable: Tunable, x: Tensor, bits: int, group: int, M: int, N: int, K: int
+) -> dict[str, Any]:
+    """The tunable's choice, and FULL, which follows from it."""
+    sizes = bucket(M, MOST_ROWS), bucket(N, MOST_FEATURES), bucket(K, MOST_FEATURES)
+    config = tunable(x.device, x.dtype, bits, group, *sizes)
+    return {**config, "FULL": group % config["BLOCK_K"] == 0}
 
 
 def _offset(scales: Tensor, zeros: Tensor | None, minima: Tensor | None) -> tuple[Tensor, int]:
@@ -321,20 +379,21 @@ def _linear(
         x = _round_activations(x, group)
     constants: dict[str, Any] = {"BITS": bits, "OFFSET": kind, "HAS_BIAS": bias is not None}
     if M <= GEMV_ROWS:
-        block, options = _gemv_tiles(M, group)
-        grid: tuple[int, ...] = (triton.cdiv(N, block["BLOCK_N"]),)
+        config = _config(GEMV, x, bits, group, M, N, K)
+        config["BLOCK_M"] = bucket(M, GEMV_ROWS)
+        programs: tuple[int, ...] = (triton.cdiv(N, config["BLOCK_N"]),)
         kernel = _gemv_kernel
     else:
-        block, options = _gemm_tiles(M, x.dtype, group)
-        grid = (triton.cdiv(M, block["BLOCK_M"]), triton.cdiv(N, block["BLOCK_N"]))
+        config = _config(GEMM, x, bits, group, M, N, K)
+        programs = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
         kernel = _gemm_kernel
         constants |= _dot(x.dtype)
-    per_group = triton.cdiv(group, block["BLOCK_K"])
-    kernel[grid](
+    per_group = triton.cdiv(group, config["BLOCK_K"])
+    kernel[programs](
         x, qweight, scales, offset, scales if bias is None else bias.contiguous(), y,
         x.stride(0), qweight.stride(0), scales.stride(0), N,
         M, N, group, per_group, G * per_group,
-        **constants, **block, **options, enable_fp_fusion=True,
+        **constants, **config, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
@@ -353,13 +412,13 @@ def _dgrad(
     group = K // G
     dy, qweight, scales = _rows(dy, M), qweight.contiguous(), scales.contiguous()
     offset, kind = _offset(scales, zeros, minima)
-    block, options = _dgrad_tiles(M, dy.dtype, group)
-    per_group = triton.cdiv(group, block["BLOCK_K"])
-    _dgrad_kernel[(triton.cdiv(M, block["BLOCK_M"]), G * per_group)](
+    config = _config(DGRAD, dy, bits, group, M, N, K)
+    per_group = triton.cdiv(group, config["BLOCK_K"])
+    _dgrad_kernel[(triton.cdiv(M, config["BLOCK_M"]), G * per_group)](
         dy, qweight, scales, offset, dx,
         dy.stride(0), qweight.stride(0), scales.stride(0), K,
         M, N, group, per_group,
-        BITS=bits, OFFSET=kind, **_dot(dy.dtype), **block, **options, enable_fp_fusion=True,
+        BITS=bits, OFFSET=kind, **_dot(dy.dtype), **config, enable_fp_fusion=True,
     )  # fmt: skip
     return dx
 
@@ -389,16 +448,20 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
         fixed: dict[str, Any] = {"BITS": bits, "OFFSET": kind}
         forward = {"x_ptr": t, **weight, "bias_ptr": t, "y_ptr": t, **sizes}
         forward |= {"stride_xm": "i32", "stride_ym": "i32", "tiles": "i32"}
+        sizes_of = dtype, bits, group, M, 4096, 4096
         if M <= GEMV_ROWS:
-            block, options = _gemv_tiles(M, group)
+            block, options = split(_gemv_heuristic(*sizes_of))
+            block |= {"BLOCK_M": M, "FULL": group % block["BLOCK_K"] == 0}
             found.append((_gemv_kernel, forward, {**fixed, "HAS_BIAS": True, **block}, options))
             continue
-        block, options = _gemm_tiles(M, dtype, group)
+        block, options = split(_gemm_heuristic(*sizes_of))
+        block["FULL"] = group % block["BLOCK_K"] == 0
         fixed |= _dot(dtype)
         found.append((_gemm_kernel, forward, {**fixed, "HAS_BIAS": True, **block}, options))
         if M == 64 or (M == 512 and group == 32):
             continue
-        block, options = _dgrad_tiles(M, dtype, group)
+        block, options = split(_dgrad_heuristic(*sizes_of))
+        block["FULL"] = group % block["BLOCK_K"] == 0
         backward = {"dy_ptr": t, **weight, "dx_ptr": t, **sizes}
         backward |= {"stride_dym": "i32", "stride_dxm": "i32"}
         found.append((_dgrad_kernel, backward, {**fixed, **block}, options))

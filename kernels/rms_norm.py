@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tune import row_warps
+from ._tune import Config, Tunable, bucket, grid, row_warps
 
 WHOLE_FWD = 16384  # 32 float32 a thread with 16 warps
 WHOLE_BWD = 4096  # backward holds x, dy, w and the dw sum at once: 8192 spills on sm_90
 TILE = 2048  # elements a program takes at once where rows are narrow: it takes several
 LOOP_BLOCK = 4096  # columns a program takes at once where rows are wide: 8192 spills
-# Partial sums of dw.  Fixed, not the number of SMs, so that dw is the same bit for bit everywhere.
+# Partial sums of dw.  Fixed, not the number of SMs: dw is the same bit for bit wherever the same
+# configuration is chosen.
 DW_PROGRAMS = 256
 
 
@@ -191,6 +192,44 @@ def row_tile(M: int, N: int) -> tuple[int, int]:
     return min(triton.next_power_of_2(M), max(1, TILE // BLOCK_N)), BLOCK_N
 
 
+def whole_rows(dtype: torch.dtype, M: int, BLOCK_N: int) -> Config:
+    """The configuration of a kernel that keeps BLOCK_M whole rows in registers."""
+    BLOCK_M, _ = row_tile(M, BLOCK_N)
+    return {"BLOCK_M": BLOCK_M, "num_warps": row_warps(BLOCK_M * BLOCK_N)}
+
+
+def whole_rows_space(dtype: torch.dtype, M: int, BLOCK_N: int) -> list[Config]:
+    """Tiles of 512 to 8192 elements, or one row; 1 to 64 elements a thread."""
+    rows = {min(M, max(1, tile // BLOCK_N)) for tile in (512, 1024, 2048, 4096, 8192)}
+    found = grid(BLOCK_M=tuple(sorted(rows)), num_warps=(1, 2, 4, 8, 16, 32))
+    threads = ((c, 32 * c["num_warps"], c["BLOCK_M"] * BLOCK_N) for c in found)
+    return [c for c, n, tile in threads if n <= max(32, tile) <= max(32, 64 * n)]
+
+
+def columns(dtype: torch.dtype, N: int) -> Config:
+    """The configuration of a kernel that walks a row, or rows, in tiles of BLOCK_N columns."""
+    return {"BLOCK_N": LOOP_BLOCK, "num_warps": row_warps(LOOP_BLOCK)}
+
+
+def dw_columns(dtype: torch.dtype, N: int) -> Config:
+    return {"BLOCK_N": TILE, "num_warps": row_warps(TILE)}
+
+
+def columns_space(dtype: torch.dtype, N: int) -> list[Config]:
+    return grid(BLOCK_N=(1024, 2048, 4096, 8192), num_warps=(4, 8, 16, 32))
+
+
+MOST_ROWS = 8192  # rows from which more make no difference
+MOST_COLUMNS = 1 << 17
+ROWS_KEYS = ("dtype", "M", "BLOCK_N")
+BOTH = ("rms_norm", "add_rms_norm")
+FWD = Tunable("rms_norm_fwd", ("rms_norm",), ROWS_KEYS, whole_rows, whole_rows_space)
+FWD_LOOP = Tunable("rms_norm_fwd_loop", ("rms_norm",), ("dtype", "N"), columns, columns_space)
+BWD = Tunable("rms_norm_bwd", BOTH, ROWS_KEYS, whole_rows, whole_rows_space)
+DX_LOOP = Tunable("rms_norm_dx_loop", BOTH, ("dtype", "N"), columns, columns_space)
+DW_LOOP = Tunable("rms_norm_dw_loop", BOTH, ("dtype", "N"), dw_columns, columns_space)
+
+
 def rms_norm_fwd(
     x: Tensor, weight: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
@@ -203,21 +242,22 @@ def rms_norm_fwd(
     w = x if weight is None else weight.contiguous()
     M, N = rows.shape
     if N <= WHOLE_FWD:
-        BLOCK_M, BLOCK_N = row_tile(M, N)
-        _rms_norm_fwd_kernel[(triton.cdiv(M, BLOCK_M),)](
+        BLOCK_N = triton.next_power_of_2(N)
+        config = FWD(x.device, x.dtype, bucket(M, MOST_ROWS), BLOCK_N)
+        _rms_norm_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
             rows, w, y, rstd,
             rows.stride(0),
             M, N, eps, offset,
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HAS_W=weight is not None,
-            num_warps=row_warps(BLOCK_M * BLOCK_N), enable_fp_fusion=True,
+            BLOCK_N=BLOCK_N, HAS_W=weight is not None,
+            **config, enable_fp_fusion=True,
         )  # fmt: skip
     else:
         _rms_norm_fwd_loop_kernel[(M,)](
             rows, w, y, rstd,
             rows.stride(0),
             N, eps, offset,
-            BLOCK_N=LOOP_BLOCK, HAS_W=weight is not None,
-            num_warps=row_warps(LOOP_BLOCK), enable_fp_fusion=True,
+            HAS_W=weight is not None,
+            **FWD_LOOP(x.device, x.dtype, bucket(N, MOST_COLUMNS)), enable_fp_fusion=True,
         )  # fmt: skip
     return y, rstd
 
@@ -240,8 +280,11 @@ def bwd_rows(
     dres = dy if dresidual is None else rows_of(dresidual)
     w = x if weight is None else weight.contiguous()
     M, N = x.shape
-    BLOCK_M, BLOCK_N = row_tile(M, N) if N <= WHOLE_BWD else (1, LOOP_BLOCK)
-    tiles = triton.cdiv(M, BLOCK_M)
+    BLOCK_N, wide = triton.next_power_of_2(N), bucket(N, MOST_COLUMNS)
+    config = {"BLOCK_M": 1}
+    if N <= WHOLE_BWD:
+        config = BWD(x.device, x.dtype, bucket(M, MOST_ROWS), BLOCK_N)
+    tiles = triton.cdiv(M, config["BLOCK_M"])
     per_program = triton.cdiv(tiles, DW_PROGRAMS) if has_dw else 1
     programs = triton.cdiv(tiles, per_program)
     partial = rstd
@@ -252,25 +295,25 @@ def bwd_rows(
             dy, dres, x, w, rstd, dx, partial,
             dy.stride(0), dres.stride(0), x.stride(0),
             M, N, offset, per_program,
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            BLOCK_N=BLOCK_N,
             HAS_W=weight is not None, HAS_DW=has_dw, HAS_DRES=dresidual is not None,
-            num_warps=row_warps(BLOCK_M * BLOCK_N), enable_fp_fusion=True,
+            **config, enable_fp_fusion=True,
         )  # fmt: skip
     else:
         _rms_norm_dx_loop_kernel[(M,)](
             dy, dres, x, w, rstd, dx,
             dy.stride(0), dres.stride(0), x.stride(0),
             N, offset,
-            BLOCK_N=BLOCK_N, HAS_W=weight is not None, HAS_DRES=dresidual is not None,
-            num_warps=row_warps(BLOCK_N), enable_fp_fusion=True,
+            HAS_W=weight is not None, HAS_DRES=dresidual is not None,
+            **DX_LOOP(x.device, x.dtype, wide), enable_fp_fusion=True,
         )  # fmt: skip
         if has_dw:
-            _rms_norm_dw_loop_kernel[(programs, triton.cdiv(N, TILE))](
+            config = DW_LOOP(x.device, x.dtype, wide)
+            _rms_norm_dw_loop_kernel[(programs, triton.cdiv(N, config["BLOCK_N"]))](
                 dy, x, rstd, partial,
                 dy.stride(0), x.stride(0),
                 M, N, per_program,
-                BLOCK_N=TILE,
-                num_warps=row_warps(TILE), enable_fp_fusion=True,
+                **config, enable_fp_fusion=True,
             )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype) if has_dw else x.new_empty(0)
 

@@ -10,7 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tune import Config, Tunable, bucket, grid
+
 TILE = 2048  # elements a program
+MOST_ROWS = 1 << 18  # rows from which more make no difference
 
 
 @triton.jit
@@ -74,9 +77,22 @@ def _rope_kernel(
         tl.store(y_ptrs[:, None] + j[None, :], rest, mask=mask_rest)
 
 
+def _heuristic(dtype: torch.dtype, rows: int, D: int, R: int) -> Config:
+    return {"BLOCK_M": max(1, TILE // triton.next_power_of_2(D)), "num_warps": 4}
+
+
+def _space(dtype: torch.dtype, rows: int, D: int, R: int) -> list[Config]:
+    """Tiles of 512 to 8192 elements."""
+    tiles = [tile // triton.next_power_of_2(D) for tile in (512, 1024, 2048, 4096, 8192)]
+    return grid(BLOCK_M=tuple(sorted({max(1, m) for m in tiles})), num_warps=(1, 2, 4, 8))
+
+
+LAUNCH = Tunable("rope", ("rope",), ("dtype", "rows", "D", "R"), _heuristic, _space)
+
+
 def _blocks(D: int, R: int) -> dict[str, int]:
+    """What the head's sizes fix."""
     return {
-        "BLOCK_M": max(1, TILE // triton.next_power_of_2(D)),
         "BLOCK_HALF": max(1, triton.next_power_of_2(R // 2)),
         "BLOCK_REST": max(1, triton.next_power_of_2(D - R)),
     }
@@ -103,8 +119,9 @@ def _rotate(
     if position_ids is not None:
         position_ids = position_ids.contiguous()
         stride_position_b = S if position_ids.dim() == 2 else 0
-    rows, blocks = B * H * S, _blocks(D, R)
-    _rope_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]),)](
+    rows = B * H * S
+    config = LAUNCH(x.device, x.dtype, bucket(rows, MOST_ROWS), D, R)
+    _rope_kernel[(triton.cdiv(rows, config["BLOCK_M"]),)](
         x, cos, sin, position_ids, y,
         x.stride(0), x.stride(1), x.stride(2),
         cos.stride(0), stride_position_b,
@@ -112,8 +129,8 @@ def _rotate(
         D=D, R=R,
         SEQ_MAJOR=seq_major, INTERLEAVED=interleaved, DOUBLED=2 * C > D,
         HAS_POSITIONS=position_ids is not None, INVERSE=inverse,
-        **blocks,
-        num_warps=4, enable_fp_fusion=True,
+        **_blocks(D, R),
+        **config, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
@@ -144,6 +161,7 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
         const = {
             "D": D, "R": R, "SEQ_MAJOR": not interleaved, "INTERLEAVED": interleaved,
             "DOUBLED": inverse, "HAS_POSITIONS": positions, "INVERSE": inverse, **_blocks(D, R),
+            "BLOCK_M": TILE // triton.next_power_of_2(D),
         }  # fmt: skip
         signature = {"x_ptr": dtype, "cos_ptr": table, "sin_ptr": table}
         if positions:

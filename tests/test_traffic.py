@@ -68,13 +68,13 @@ def rope_loads(e: int, *, tokens: int, heads: int, dim: int, interleaved: bool =
 
 def attention_tiles(e: int, S: int, T: int, D: int) -> tuple[int, int, int, list[int]]:
     """BLOCK_M, BLOCK_N, BLOCK_D, and the keys each block of queries visits."""
-    from tilewright.kernels._tile import config
-    from tilewright.kernels.attention import _table
+    from tilewright.kernels._tile import padded
+    from tilewright.kernels.attention import FWD
 
-    blocks, _ = config(_table(FP32 if e == 4 else BF16), D)
-    m, n = (16 if S <= 16 else blocks["BLOCK_M"]), blocks["BLOCK_N"]
+    config = FWD.heuristic(FP32 if e == 4 else BF16, padded(D), True, S)
+    m, n = config["BLOCK_M"], config["BLOCK_N"]
     ends = [min(first + m + T - S, T) for first in range(0, S, m)]
-    return m, n, blocks["BLOCK_D"], [ceil(end / n) * n for end in ends]
+    return m, n, padded(D), [ceil(end / n) * n for end in ends]
 
 
 def attention_loads(e: int, *, B: int, H: int, G: int, S: int, T: int, D: int) -> int:
@@ -87,16 +87,17 @@ def attention_flops(e: int, *, B: int, H: int, G: int, S: int, T: int, D: int) -
     return B * H * sum(visited) * m * d * 4
 
 
-def quant_tiles(e: int, M: int, K: int) -> dict[str, int]:
+def quant_tiles(e: int, M: int, N: int, K: int) -> dict[str, int]:
     from tilewright.kernels import quant_linear as q
 
+    key = FP32 if e == 4 else BF16, 4, 32, power(M), power(N), power(K)
     if M <= q.GEMV_ROWS:
-        return q._gemv_tiles(M, 32)[0] | {"BLOCK_M": M}
-    return q._gemm_tiles(M, FP32 if e == 4 else BF16, 32)[0]
+        return q.GEMV.heuristic(*key) | {"BLOCK_M": M}
+    return q.GEMM.heuristic(*key)
 
 
 def quant_loads(e: int, *, M: int, N: int, K: int, bits: int) -> int:
-    t = quant_tiles(e, M, K)
+    t = quant_tiles(e, M, N, K)
     tiles = K // 32 * ceil(32 / t["BLOCK_K"])
     weight = N * K * bits // 8 + N * tiles * 2 * (2 if bits == 4 else 1)
     # a weight once a block of rows, the rows once a block of outputs
@@ -106,7 +107,7 @@ def quant_loads(e: int, *, M: int, N: int, K: int, bits: int) -> int:
 def quant_flops(e: int, *, M: int, N: int, K: int, bits: int) -> int:
     if M <= 8:
         return 0  # no tensor cores
-    t = quant_tiles(e, M, K)
+    t = quant_tiles(e, M, N, K)
     rows, columns = ceil(M / t["BLOCK_M"]) * t["BLOCK_M"], ceil(N / t["BLOCK_N"]) * t["BLOCK_N"]
     return 2 * rows * columns * K
 
@@ -207,9 +208,9 @@ def rope_backward(e: int, **sizes: int) -> tuple[int, int, int, int]:
 
 
 def quant_backward(e: int, *, M: int, N: int, K: int, bits: int) -> tuple[int, int, int, int]:
-    from tilewright.kernels.quant_linear import _dgrad_tiles
+    from tilewright.kernels.quant_linear import DGRAD
 
-    t = _dgrad_tiles(M, FP32 if e == 4 else BF16, 32)[0]
+    t = DGRAD.heuristic(FP32 if e == 4 else BF16, 4, 32, power(M), power(N), power(K))
     tiles, blocks = K // 32 * ceil(32 / t["BLOCK_K"]), ceil(M / t["BLOCK_M"])
     codes, scales = N * K * bits // 8, N * 2 * (2 if bits == 4 else 1)
     # the weight once a block of rows, dy once a tile of columns
@@ -222,12 +223,13 @@ def quant_backward(e: int, *, M: int, N: int, K: int, bits: int) -> tuple[int, i
 def attention_backward(
     e: int, *, B: int, H: int, G: int, S: int, T: int, D: int
 ) -> tuple[int, int, int, int]:
-    from tilewright.kernels._attention_bwd import _tables
-    from tilewright.kernels._tile import config
+    from tilewright.kernels._attention_bwd import DKV, DQ
+    from tilewright.kernels._tile import padded
 
-    dq, dkv = (config(table, D)[0] for table in _tables(FP32 if e == 4 else BF16))
+    key = FP32 if e == 4 else BF16, padded(D), True, power(S)
+    dq, dkv = DQ.heuristic(*key), DKV.heuristic(*key)
     stats = 4 * 4 * B * H * S  # four floats a row, from one kernel to the other
-    m, n, d = dq["BLOCK_M"], dq["BLOCK_N"], dq["BLOCK_D"]
+    m, n, d = dq["BLOCK_M"], dq["BLOCK_N"], padded(D)
     keys = [min(first + m + T - S, T) for first in range(0, S, m)]
     visited = [ceil(k / n) * n for k in keys]
     loaded = B * H * (2 * S + 2 * sum(min(k, T) for k in visited)) * D * e

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,12 +35,17 @@ if LOG_DISPATCH:
 
 
 class Route(NamedTuple):
-    """Which implementation serves an op on one kind of device."""
+    """Which implementation serves an op on one kind of device.
+
+    `launches`: the configurations this process has launched Triton kernels with, each with the sizes
+    it is for and whether a table or the heuristic chose it.
+    """
 
     op: str
     device: str
     implementation: str
     why: str
+    launches: tuple[str, ...] = ()
 
 
 _served: dict[tuple[str, str], frozenset[torch.dtype]] = {}  # (public op, device type) -> dtypes
@@ -169,4 +175,10 @@ def twin(op: str) -> Callable:
 
 def explain() -> list[Route]:
     """Which implementation serves each op on each kind of device, and why."""
-    return [_routes[key] for key in sorted(_routes)]
+    return [_routes[key]._replace(launches=_launches(*key)) for key in sorted(_routes)]
+
+
+def _launches(op: str, device: str) -> tuple[str, ...]:
+    tune = sys.modules.get("tilewright.kernels._tune")  # not imported: nothing was launched
+    launching = "cpu" if _native.INTERPRET else "cuda"
+    return tuple(tune.choices(op)) if tune is not None and device == launching else ()

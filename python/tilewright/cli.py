@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
@@ -372,6 +373,61 @@ def inspect(
     console = Console()
     for table in inspection.tables(report):
         console.print(table)
+
+
+@app.command()
+def tune(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Ops, such as rms_norm; default: all.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Sizes of one op, as inspect takes; default: its benchmarks'."),
+    ] = None,
+    dtype: Annotated[ShortDType | None, typer.Option(help="Default: the benchmarks'.")] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="Begin nothing after so many.")] = 9.0,
+    again: Annotated[bool, typer.Option("--again", help="Also what the tables have.")] = False,
+    ship: Annotated[
+        bool, typer.Option("--ship", help="Write the tables this checkout ships.")
+    ] = False,
+    directory: Annotated[Path, typer.Option(help="Where bench_<name>.py are.")] = Path(
+        "benchmarks"
+    ),
+) -> None:
+    """Find the fastest launch configurations on this GPU; later launches use them."""
+    from tilewright.bench import harness, inspection
+    from tilewright.bench import tune as tuning
+
+    definitions = [d for d in harness.discover(directory, names or []) if hasattr(d, "OP")]
+    if not definitions:
+        raise ValueError(f"{', '.join(names or [])}: measurements, not ops")
+    if shape is not None and len(definitions) != 1:
+        raise ValueError(f"--shape {shape}: of one op, not of {len(definitions)}")
+    shapes = None if shape is None else {shape: inspection.sizes_of(definitions[0], shape)}
+    if not torch.cuda.is_available():
+        raise ValueError("tune measures on a GPU, and PyTorch finds none")
+    from tilewright.kernels import _tune
+
+    end, folder = time.monotonic() + 60 * minutes, _tune.SHIPPED if ship else _tune.OWN
+    for definition in definitions:
+        found = tuning.tune(
+            definition,
+            folder,
+            shapes=shapes,
+            dtypes=None if dtype is None else (inspection.DTYPES[dtype.value],),
+            again=again,
+            deadline=end,
+        )
+        for t in found:
+            gain = t.heuristic_microseconds / t.microseconds
+            config = " ".join(f"{name}={value}" for name, value in t.config.items())
+            typer.echo(
+                f"{t.kernel} {t.bucket}: {config}, {t.microseconds:.1f} us, {gain:.2f} x the "
+                f"heuristic's ({t.tried} tried, {t.refused} refused)"
+            )
+    typer.echo(f"tables: {folder}")
+    if time.monotonic() > end:
+        typer.echo("the time is up: the same command goes on where this one ended")
 
 
 def _one_line(problem: BaseException) -> str:

@@ -25,7 +25,7 @@ def eager() -> Iterator[None]:
         vars(ops).update(fast)
 
 
-def _cast(x: Any, dtype: torch.dtype) -> Any:
+def cast(x: Any, dtype: torch.dtype) -> Any:
     """A float tensor as a leaf of `dtype` with its strides kept; anything else as it is."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
@@ -105,9 +105,9 @@ def assert_matches_reference(
     Float tensors are rounded to `dtype` first; those with requires_grad get their gradient compared.
     """
     eps = torch.finfo(dtype).eps
-    rounded = [_cast(x, dtype) for x in inputs]
-    truth = run(reference, [_cast(x, torch.float64) for x in rounded], kwargs)
-    eager = run(reference, [_cast(x, dtype) for x in rounded], kwargs)
-    ours = run(op, [_cast(x, dtype) for x in rounded], kwargs)
+    rounded = [cast(x, dtype) for x in inputs]
+    truth = run(reference, [cast(x, torch.float64) for x in rounded], kwargs)
+    eager = run(reference, [cast(x, dtype) for x in rounded], kwargs)
+    ours = run(op, [cast(x, dtype) for x in rounded], kwargs)
     for i, (o, e, t) in enumerate(zip(ours, eager, truth, strict=True)):
         assert_within(o, e, t, eps, f"result {i} ({dtype})")

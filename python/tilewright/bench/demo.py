@@ -40,7 +40,7 @@ def errors(definition: ModuleType, dtype: torch.dtype, shape: str) -> tuple[floa
     named = list(inputs)
 
     def results(kind: torch.dtype) -> list[Tensor]:
-        values = [testing._cast(x, kind) for x in inputs.values()]
+        values = [testing.cast(x, kind) for x in inputs.values()]
         return testing.run(lambda *v: fn(**dict(zip(named, v, strict=True))), values, {})
 
     fn = definition.PROVIDERS["tilewright"]

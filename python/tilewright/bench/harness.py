@@ -24,10 +24,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from tilewright.bench.correctness import verified
 from tilewright.bench.facts import facts
 from tilewright.bench.timing import call_seconds, interleaved, spread
 from tilewright.lab.roofline import named
-from tilewright.testing import assert_within
 
 # Buffers from here up are fresh mmaps at every call: the time is the page faults', not the kernel's
 MMAP_BYTES = 32 << 20
@@ -99,44 +99,6 @@ def _largest(inputs: dict[str, Any], outputs: Iterable[Tensor]) -> int:
     return max(t.numel() * t.element_size() for t in (*tensors, *outputs))
 
 
-def _double(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in inputs.items()
-    }
-
-
-def verified(
-    providers: dict[str, Callable], inputs: dict[str, Any], dtype: torch.dtype
-) -> dict[str, str | None]:
-    """What is wrong with each provider's forward outputs; None: nothing.
-
-    The rule is testing.assert_within's, eager in float64 the truth.  AssertionError where ours fail.
-    """
-    with torch.no_grad():
-        truth = [y.double() for y in _outputs(providers["eager"](**_double(inputs)))]
-        eager = [y.double() for y in _outputs(providers["eager"](**inputs))]
-        found: dict[str, str | None] = {}
-        for name, fn in providers.items():
-            try:
-                outputs = _outputs(fn(**inputs))
-            except Exception as error:  # an outsider's own; ours must run
-                if name == "tilewright":
-                    raise
-                found[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                continue
-            try:
-                for i, (y, e, t) in enumerate(zip(outputs, eager, truth, strict=True)):
-                    assert_within(y.double(), e, t, torch.finfo(dtype).eps, f"output {i}")
-            except AssertionError as error:
-                if name == "tilewright":
-                    raise
-                found[name] = str(error)
-            else:
-                found[name] = None
-    return found
-
-
 def _copy(count: int, place: str) -> Callable[[], object]:
     """A copy that moves `count` bytes in all, read and written."""
     source = torch.empty(max(1, count // 2), dtype=torch.uint8, device=place)
@@ -188,7 +150,7 @@ def row(
     inputs = definition.inputs(dtype, place, **sizes)
     torch.compiler.reset()  # a shape seen before must not make the compiled rival's sizes dynamic
     providers = chosen(definition, against)
-    wrong = verified(providers, inputs, dtype)
+    wrong = verified(providers, inputs, dtype, grad=mode != "fwd")
     prepare = forward if mode == "fwd" else forward_backward
     rivals: dict[str, Callable[[], object]] = {}
     for name, fn in providers.items():
