@@ -26,11 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tune import Config, Tunable, bucket, grid, split
+from ._quant_tiles import DGRAD, GEMM, GEMV, GEMV_ROWS, MOST_FEATURES, MOST_ROWS
+from ._tune import Tunable, bucket, split
 
-GEMV_ROWS = 8
-MOST_ROWS = 4096  # rows, and
-MOST_FEATURES = 32768  # features, from which more make no difference
 SYMMETRIC, ZEROS, MINIMA = 0, 1, 2
 DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -220,101 +218,6 @@ def _round_activations_kernel(
         tl.store(out_runs + start, code * scale, mask=mask)
 
 
-def _block_k(group: int, widest: int) -> int:
-    """Columns a tile: the widest power of two in the group, or one that covers it masked."""
-    for block in (128, 64, 32):
-        if block <= widest and group % block == 0:
-            return block
-    return min(widest, 64, max(16, triton.next_power_of_2(group)))
-
-
-def _tiles(M: int, dtype: torch.dtype) -> Config:
-    """The configuration of a matrix product of M rows; BLOCK_K the widest wanted."""
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-    if dtype == torch.float32:  # three products and twice the bytes: half the tile
-        chosen = (64 if M > 32 else 16, 64, 32, 4, 3)
-    elif M <= 32:
-        chosen = (16 if M <= 16 else 32, 64, 128, 4, 4)
-    elif M <= 128:
-        chosen = (64, 64, 64, 4, 4)
-    else:
-        chosen = (128, 128, 64, 8, 3)
-    return dict(zip(names, chosen, strict=True))
-
-
-# The tunables' keys: (dtype, bits, group, M, N, K), the last three bucketed
-
-
-def _gemv_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
-    """For M <= GEMV_ROWS."""
-    block_k = _block_k(group, 128)
-    # one row keeps 32 bytes of weight in flight a thread; more rows hold more x, and masked tiles
-    # more addresses, so they take fewer columns lest registers spill
-    columns = 1024 if M == 1 else 512 if M == 2 else 256
-    block_n = 8
-    if group % block_k:
-        columns, block_n = 128, 4
-    block = {"BLOCK_N": block_n, "SPLIT": max(1, columns // block_k), "BLOCK_K": block_k}
-    return block | {"num_warps": 4, "num_stages": 1}
-
-
-def _gemm_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
-    config = _tiles(M, dtype)
-    return config | {"BLOCK_K": _block_k(group, config["BLOCK_K"])}
-
-
-def _dgrad_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
-    """_gemm_heuristic with the output's columns along K, the walk along N."""
-    config = _tiles(M, dtype)
-    block_n, block_k = min(64, config["BLOCK_K"]), _block_k(group, config["BLOCK_N"])
-    return config | {"BLOCK_N": block_n, "BLOCK_K": block_k}
-
-
-def _widths(group: int) -> tuple[int, ...]:
-    """The BLOCK_K that divide a group; where none does, the one that masks it."""
-    return tuple(k for k in (32, 64, 128) if group % k == 0) or (_block_k(group, 128),)
-
-
-def _gemv_space(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> list[Config]:
-    """Tiles of 512 to 16384 weights."""
-    found = grid(
-        BLOCK_N=(1, 2, 4, 8, 16), SPLIT=(1, 2, 4, 8, 16, 32, 64), BLOCK_K=_widths(group),
-        num_warps=(2, 4, 8), num_stages=(1,),
-    )  # fmt: skip
-    tile = lambda c: c["BLOCK_N"] * c["SPLIT"] * c["BLOCK_K"]  # noqa: E731
-    return [c for c in found if 512 <= tile(c) <= 16384 // M] or [
-        _gemv_heuristic(dtype, bits, group, M, N, K)
-    ]
-
-
-def _product_space(
-    dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int
-) -> list[Config]:
-    """Tiles of which a thread holds 128 sums at most."""
-    found = grid(
-        BLOCK_M=(16, 32, 64, 128, 256), BLOCK_N=(32, 64, 128), BLOCK_K=_product_widths(group),
-        num_warps=(4, 8), num_stages=(2, 3, 4, 5),
-    )  # fmt: skip
-    return [
-        c
-        for c in found
-        if c["BLOCK_M"] <= max(64, M)
-        if c["BLOCK_M"] * max(c["BLOCK_N"], c["BLOCK_K"]) <= 4096 * c["num_warps"]
-    ]
-
-
-def _product_widths(group: int) -> tuple[int, ...]:
-    dividing = tuple(k for k in (32, 64, 128) if group % k == 0)
-    return dividing or tuple(sorted({_block_k(group, widest) for widest in (32, 64, 128)}))
-
-
-KEYS = ("dtype", "bits", "group", "M", "N", "K")
-OPS = ("quant_linear",)
-GEMV = Tunable("quant_linear_gemv", OPS, KEYS, _gemv_heuristic, _gemv_space)
-GEMM = Tunable("quant_linear_gemm", OPS, KEYS, _gemm_heuristic, _product_space)
-DGRAD = Tunable("quant_linear_dgrad", OPS, KEYS, _dgrad_heuristic, _product_space)
-
-
 def _config(
     tunable: Tunable, x: Tensor, bits: int, group: int, M: int, N: int, K: int
 ) -> dict[str, Any]:
@@ -450,17 +353,17 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
         forward |= {"stride_xm": "i32", "stride_ym": "i32", "tiles": "i32"}
         sizes_of = dtype, bits, group, M, 4096, 4096
         if M <= GEMV_ROWS:
-            block, options = split(_gemv_heuristic(*sizes_of))
+            block, options = split(GEMV.heuristic(*sizes_of))
             block |= {"BLOCK_M": M, "FULL": group % block["BLOCK_K"] == 0}
             found.append((_gemv_kernel, forward, {**fixed, "HAS_BIAS": True, **block}, options))
             continue
-        block, options = split(_gemm_heuristic(*sizes_of))
+        block, options = split(GEMM.heuristic(*sizes_of))
         block["FULL"] = group % block["BLOCK_K"] == 0
         fixed |= _dot(dtype)
         found.append((_gemm_kernel, forward, {**fixed, "HAS_BIAS": True, **block}, options))
         if M == 64 or (M == 512 and group == 32):
             continue
-        block, options = split(_dgrad_heuristic(*sizes_of))
+        block, options = split(DGRAD.heuristic(*sizes_of))
         block["FULL"] = group % block["BLOCK_K"] == 0
         backward = {"dy_ptr": t, **weight, "dx_ptr": t, **sizes}
         backward |= {"stride_dym": "i32", "stride_dxm": "i32"}

@@ -133,7 +133,7 @@ def test_a_row_carries_its_spread_and_its_roofline(definition):
 
 def test_nothing_wrong_is_timed(definition):
     definition.PROVIDERS["tilewright"] = lambda x, by: (x * by * 1.01,)
-    with pytest.raises(AssertionError, match="output 0: error"):
+    with pytest.raises(AssertionError, match="result 0: error"):
         harness.row(definition, "small", torch.float32, "fwd", 0.0)
 
 

@@ -16,21 +16,22 @@ class Expected(NamedTuple):
     eager: list[Tensor]
 
 
-def _run(
-    fn: Callable, inputs: dict[str, Any], dtype: torch.dtype | None, grad: bool
-) -> list[Tensor]:
-    """Outputs of fn and, with `grad`, gradients; the inputs in `dtype`, None as they are."""
-    values = []
-    for x in inputs.values():
-        is_float = isinstance(x, Tensor) and x.is_floating_point()
-        value = cast(x, dtype or x.dtype) if is_float else x
-        values.append(value if grad or not is_float else value.detach())
-    return run(lambda *given: fn(**dict(zip(inputs, given, strict=True))), values, {})
+def _run(fn: Callable, inputs: dict[str, Any], grad: bool) -> list[Tensor]:
+    """Outputs of fn, and with `grad` gradients, in float64; called just as it is when timed, so that
+    what is compiled for the one serves the other."""
+    if grad:
+        return run(
+            lambda *given: fn(**dict(zip(inputs, given, strict=True))), [*inputs.values()], {}
+        )
+    with torch.no_grad():
+        outputs = fn(**inputs)
+    return [y.double() for y in ([outputs] if isinstance(outputs, Tensor) else outputs)]
 
 
 def expected(eager: Callable, inputs: dict[str, Any], grad: bool) -> Expected:
     """What `eager` gives for the inputs, with `grad` the gradients of those that require one too."""
-    return Expected(_run(eager, inputs, torch.float64, grad), _run(eager, inputs, None, grad))
+    double = {name: cast(x, torch.float64) for name, x in inputs.items()}
+    return Expected(_run(eager, double, grad), _run(eager, inputs, grad))
 
 
 def check(
@@ -38,7 +39,7 @@ def check(
 ) -> None:
     """AssertionError, saying which and by how much, where a result leaves the tolerance."""
     eps = torch.finfo(dtype).eps
-    results = zip(_run(fn, inputs, None, grad), *wanted, strict=True)
+    results = zip(_run(fn, inputs, grad), *wanted, strict=True)
     for i, (ours, truth, eager) in enumerate(results):
         assert_within(ours, eager, truth, eps, f"result {i}")
 
