@@ -36,7 +36,7 @@ def passes(full: bool) -> dict[str, tuple[dict[str, str], list[str]]]:
 
     ops = op_tests()
     tests = [*ops, *present("properties", "addressing")]
-    interpreted = [*tests, *present("interpreter", "traffic", "llama")]
+    interpreted = [*tests, *present("interpreter", "traffic", "tune", "llama")]
     found = {
         "native": ({}, []),
         "interpreter": ({"TRITON_INTERPRET": "1"}, interpreted),

@@ -2,12 +2,17 @@
 GPU: no spills, shared memory within the smallest chip's limit, matrix instructions where there is a
 tl.dot, 16-byte loads, no wgmma held up.  sm_80, 90 and 100; in the slow tests, every chip."""
 
+import functools
+import importlib
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -64,7 +69,17 @@ def known(row: dict, warning: str) -> bool:
     return KNOWN.get((row["kernel"], row["arch"]), "?") in warning
 
 
-def check(name: str, archs: tuple[int, ...], cache: Path) -> None:
+@functools.cache
+def page() -> ModuleType:
+    """benchmarks/kernels.py, which writes what the tests here hold."""
+    spec = importlib.util.spec_from_file_location("kernels_page", ROOT / "benchmarks/kernels.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check(name: str, archs: tuple[int, ...], cache: Path) -> list[dict]:
     done = run(name, "--arch", *map(str, archs), cache=cache)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert rows, f"{name}: {done.stderr}"
@@ -74,11 +89,23 @@ def check(name: str, archs: tuple[int, ...], cache: Path) -> None:
         for fault in faults(row)
     ]
     assert not told, "\n".join(told)
+    return rows
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_compiles(name: str, tmp_path: Path):
-    check(name, (80, 90, 100), tmp_path)
+    rows = check(name, page().ARCHS, tmp_path)
+    text = page().PAGE.read_text()
+    if f"on triton {version('triton')};" in text:  # another's ptxas counts otherwise
+        lacking = [line for line in page().compiled_lines(rows) if line not in text.splitlines()]
+        assert not lacking, "python benchmarks/kernels.py --write:\n" + "\n".join(lacking)
+
+
+def test_the_page_has_no_other_variants():
+    names = [p.stem for p in (ROOT / "kernels").glob("*.py") if p.stem in FILES]
+    files = [importlib.import_module(f"tilewright.kernels.{name}") for name in names]
+    text = page().PAGE.read_text().split("## Machine code")[1]
+    assert text.count("\n| `_") == sum(len(file.variants()) for file in files)
 
 
 @pytest.mark.slow

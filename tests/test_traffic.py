@@ -286,3 +286,27 @@ def test_every_op_is_counted():
     from tilewright import ops
 
     assert sorted(CASES) == sorted(BACKWARD) == sorted(ops.__all__)
+
+
+def page() -> ModuleType:
+    """benchmarks/kernels.py"""
+    spec = importlib.util.spec_from_file_location("kernels_page", ROOT / "benchmarks/kernels.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PAGE = page()
+
+
+@pytest.mark.parametrize("op, shape, backward", PAGE.cases())
+def test_the_page_says_what_is_counted(op: str, shape: str, backward: bool):
+    line = PAGE.traffic_line(definition(op), shape, backward)
+    lines = PAGE.PAGE.read_text().splitlines()
+    assert line in lines, f"python benchmarks/kernels.py --write: {line}"
+
+
+def test_the_page_says_nothing_else():
+    text = PAGE.PAGE.read_text().split("## Traffic")[1].split("## Machine code")[0]
+    assert text.count("\n| ") == len(PAGE.cases()) + 2

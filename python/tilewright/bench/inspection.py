@@ -74,7 +74,7 @@ def sizes_of(definition: ModuleType, text: str) -> dict[str, Any]:
     return sizes
 
 
-def _launches(
+def launches(
     definition: ModuleType, dtype: torch.dtype, backward: bool, sizes: dict[str, Any], programs: int
 ) -> list[dict[str, Any]]:
     """Interpret the op once; JSON-ready records of its launches.  Under TRITON_INTERPRET=1 only."""
@@ -349,7 +349,7 @@ def _main(arguments: Sequence[str]) -> None:
     directory, op, dtype, backward, sizes, programs = json.loads(arguments[0])
     torch.manual_seed(0)
     (definition,) = harness.discover(Path(directory), [op])
-    print(json.dumps(_launches(definition, DTYPES[dtype], backward, sizes, programs)))
+    print(json.dumps(launches(definition, DTYPES[dtype], backward, sizes, programs)))
 
 
 if __name__ == "__main__":

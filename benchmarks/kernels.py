@@ -1,0 +1,171 @@
+"""docs/kernels.md: what every kernel moves and compiles to, found without a GPU.
+
+python benchmarks/kernels.py --write     run the interpreter and the compilers, write the page
+
+tests/test_traffic.py and tests/test_compile.py hold every line of it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tilewright.bench import harness, inspection
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "docs/kernels.md"
+ARCHS = (80, 90, 100)
+DTYPE = "bf16"
+DECODE = "1x4x2x1x512x128"
+SHAPES = {  # as `tilewright inspect` takes them
+    "rms_norm": ("128x4096", "8x32768"),
+    "add_rms_norm": ("128x4096", "8x32768"),
+    "swiglu": ("128x4096",),
+    "geglu": ("128x4096,packed=1",),
+    "rope": ("256x8x128", "256x8x128,interleaved=1"),
+    "attention": ("1x4x2x256x256x128", DECODE),
+    "quant_linear": ("1x512x512x4", "64x512x512x4", "64x512x512x8"),
+}
+TRAFFIC = ("op", "pass", "sizes", "least bytes", "distinct", "loaded", "stored", "FLOPs of dots")
+COMPILED = ("kernel", "types", "constants", "registers", "spills", "shared KiB", "warps", "matrix",
+            "16-byte loads")  # fmt: skip
+
+TEXT = """# Kernels: what they move and compile to
+
+Written by `python benchmarks/kernels.py --write` on triton {triton}; no GPU was asked. The tests hold
+every line: `tests/test_traffic.py` counts again, `tests/test_compile.py` compiles again.
+
+## Traffic
+
+In bfloat16, counted by the interpreter, in bytes. The least is what the mathematics needs (each
+benchmark's `cost` and `backward_cost`). Distinct bytes are each launch's own, summed: they exceed the
+least by what the forward keeps for the backward, by sums of dw not yet added up, and by what both of
+attention's backward kernels read; nothing else. Loads beyond them are read again, from the cache where
+they fit. FLOPs of dots are those of the matrix units, in percent of what the mathematics needs.
+
+{traffic}
+
+## Machine code
+
+Registers a thread, bytes spilled, KiB of shared memory, resident warps a multiprocessor and the matrix
+instruction, on sm_80 / sm_90 / sm_100, one value where all agree; global loads that are 16 bytes wide,
+of all, on sm_90. The launch configurations are the heuristics'; `*.cu` is compiled by nvcc.
+
+{compiled}
+"""
+
+
+def _line(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _head(names: Sequence[str]) -> list[str]:
+    return [_line(names), _line(["---"] * len(names))]
+
+
+def traffic_line(definition: ModuleType, shape: str, backward: bool) -> str:
+    """One op, shape and pass; under TRITON_INTERPRET=1 only."""
+    sizes, dtype = inspection.sizes_of(definition, shape), inspection.DTYPES[DTYPE]
+    found = inspection.launches(definition, dtype, backward, sizes, inspection.PROGRAMS)
+    total = lambda name: sum(launch[name] for launch in found)  # noqa: E731
+    least, flops = (definition.backward_cost if backward else definition.cost)(dtype, **sizes)
+    distinct = total("distinct_bytes_loaded") + total("distinct_bytes_stored")
+    dots = total("dot_flops")
+    cells = (
+        definition.OP,
+        "backward" if backward else "forward",
+        shape,
+        least,
+        f"{distinct} ({distinct / least:.3f})",
+        total("bytes_loaded"),
+        total("bytes_stored"),
+        f"{100 * dots / flops:.0f} %" if dots else "",
+    )
+    return _line(cells)
+
+
+def cases() -> list[tuple[str, str, bool]]:
+    """(op, shape, backward) of every line of traffic; one query is not trained on."""
+    return [
+        (op, shape, backward)
+        for op, shapes in SHAPES.items()
+        for shape in shapes
+        for backward in (False, True)
+        if not (backward and shape == DECODE)
+    ]
+
+
+def traffic() -> list[str]:
+    found = {d.OP: d for d in harness.discover(HERE) if hasattr(d, "OP")}
+    return [traffic_line(found[op], shape, backward) for op, shape, backward in cases()]
+
+
+def _slashed(values: Sequence[object]) -> str:
+    """One value for all of ARCHS where they agree, else each one's."""
+    return " / ".join(map(str, values if len(set(values)) > 1 else values[:1]))
+
+
+def compiled_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A line a variant from the rows of lab.compile, those of ARCHS together."""
+    variants: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        name = json.dumps([row["kernel"], row["types"], row["constants"], row["options"]])
+        variants.setdefault(name, []).append(row)
+    lines = []
+    for found in variants.values():
+        by_arch = {row["arch"]: row for row in sorted(found, key=lambda row: row["arch"])}
+        first, hopper = found[0], by_arch[90]
+        options = {k: v for k, v in first["options"].items() if k != "enable_fp_fusion"}
+        cells = (
+            f"`{first['kernel']}`",
+            first["types"],
+            " ".join(f"{k}={v}" for k, v in (first["constants"] | options).items()),
+            _slashed([row["registers"] for row in by_arch.values()]),
+            _slashed([row["spills"] for row in by_arch.values()]),
+            _slashed([f"{row['shared'] / 1024:.1f}" for row in by_arch.values()]),
+            _slashed([row["resident_warps"] for row in by_arch.values()]),
+            _slashed([row["matrix"] or "none" for row in by_arch.values()]) if first["dot"] else "",
+            f"{hopper['wide_loads']} of {hopper['loads']}",
+        )
+        lines.append(_line(cells))
+    return lines
+
+
+def _compiled() -> list[str]:
+    command = [sys.executable, "-m", "tilewright.lab.compile", "--arch", *map(str, ARCHS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return compiled_lines([json.loads(line) for line in done.stdout.splitlines()])
+
+
+def page() -> str:
+    command = [sys.executable, __file__, "--traffic"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    counted = [*_head(TRAFFIC), *done.stdout.splitlines()]
+    code = [*_head(COMPILED), *_compiled()]
+    return TEXT.format(
+        triton=version("triton"), traffic="\n".join(counted), compiled="\n".join(code)
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--write", action="store_true", help="write docs/kernels.md")
+    action.add_argument("--traffic", action="store_true", help="print the lines of traffic")
+    options = parser.parse_args()
+    if options.traffic:
+        print("\n".join(traffic()))
+        return 0
+    PAGE.write_text(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
