@@ -2,12 +2,15 @@
 #include "../cpu/attention.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/autocast_mode.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "common.h"
+#include "direct.h"
 
 namespace tilewright {
 namespace {
@@ -104,6 +107,58 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_, const Tens
     run(TW_PICK(attention_dkv), a, a.B * a.G * a.key_tiles(), each * a.S * a.group(), a.blocked_scratch());
   return {dq, dk, dv};
 }
+
+Tensor call_fwd(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale) {
+  static const auto op = operator_of("attention_fwd", &attention_fwd);
+  return op.call(q, k, v, causal, scale);
+}
+
+struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
+                        bool causal, double scale) {
+    ctx->save_for_backward({q, k, v});
+    ctx->saved_data["causal"] = causal;
+    ctx->saved_data["scale"] = scale;
+    return call_fwd(q, k, v, causal, scale);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& dout) {
+    static const auto op = operator_of("attention_bwd", &attention_bwd);
+    return once_differentiable(dout, [&]() -> variable_list {
+      const variable_list saved = ctx->get_saved_variables();
+      const auto [dq, dk, dv] =
+          op.call(dout[0], saved[0], saved[1], saved[2], ctx->saved_data["causal"].toBool(),
+                  ctx->saved_data["scale"].toDouble());
+      const Tensor none;
+      return {dq, dk, dv, none, none};
+    });
+  }
+};
+
+constexpr int64_t MAX_D = 256;  // ops/attention.py's
+
+// What ops/attention.py's _fits asks, and that the head dim has kernels.
+bool fits(const Tensor& q, const Tensor& k, const Tensor& v) {
+  return q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() && k.size(0) == q.size(0) &&
+         k.size(3) == q.size(3) && q.size(3) > 0 && q.size(3) <= MAX_D && k.size(1) > 0 &&
+         q.size(1) % k.size(1) == 0 && k.scalar_type() == q.scalar_type() &&
+         v.scalar_type() == q.scalar_type();
+}
+
+std::optional<Tensor> direct(pybind11::handle q_object, pybind11::handle k_object, pybind11::handle v_object,
+                             bool causal, std::optional<double> scale) {
+  const Tensor *q = plain_floats(q_object), *k = plain_floats(k_object), *v = plain_floats(v_object);
+  // autocast may mend dtypes that differ: that is the ordinary way's to do
+  if (q == nullptr || k == nullptr || v == nullptr || !fits(*q, *k, *v) || !undisturbed()) return std::nullopt;
+  if (at::autocast::is_autocast_enabled(at::kCPU) &&
+      at::autocast::get_autocast_dtype(at::kCPU) != q->scalar_type())
+    return std::nullopt;
+  const double factor = scale.value_or(std::pow(double(q->size(3)), -0.5));
+  const pybind11::gil_scoped_release unlocked;
+  if (records(*q, *k, *v)) return AttentionFunction::apply(*q, *k, *v, causal, factor);
+  return call_fwd(*q, *k, *v, causal, factor);
+}
+
+const Entry entry([](pybind11::module_& m) { m.def("attention", &direct); });
 
 }  // namespace
 

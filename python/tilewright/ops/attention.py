@@ -11,6 +11,7 @@ from torch import Tensor
 from tilewright import _op
 
 MAX_D = 256
+_direct = _op.direct("attention")
 
 
 def _heads_last(x: Tensor) -> Tensor:
@@ -100,6 +101,10 @@ def attention(
     inputs take its dtype, as F.scaled_dot_product_attention's do.  ValueError on shapes, dtypes or
     devices that do not fit.  Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
     """
+    if _direct is not None and q.is_cpu and not torch.compiler.is_compiling():
+        out = _direct(q, k, v, causal, scale)
+        if out is not None:
+            return out
     device = q.device.type
     if torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
