@@ -18,11 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from suite import ROOT, op_tests, ops, testsuite
+
 BENCHMARKS = ROOT / "benchmarks"
 TAIL = 2000  # characters kept of what a failed step said
 LEAST = 20.0  # seconds below which a step is not begun
@@ -76,11 +76,6 @@ class Run:
         return done
 
 
-def ops() -> list[str]:
-    """The public ops."""
-    return sorted(path.stem for path in (ROOT / "python/tilewright/ops").glob("[a-z]*.py"))
-
-
 def build(run: Run) -> None:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     os.environ["TILEWRIGHT_REQUIRE_EXT"] = "1"
@@ -108,7 +103,7 @@ def test(run: Run) -> None:
     found: dict[str, dict[str, Any]] = {}
     run.results["tests"] = found
     names = sorted(path.stem for path in ROOT.glob("tests/test_*.py"))
-    first = [n for n in names if any(n.startswith(f"test_{op}") for op in ops())]
+    first = [Path(path).stem for path in op_tests()]
     for name in (*first, *(n for n in names if n not in first)):
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
@@ -126,9 +121,7 @@ def test(run: Run) -> None:
             done = run.step(f"tests/{name}.py", [*command, f"tests/{name}.py"], limit)
             if done is None:
                 continue
-            suite = (
-                ElementTree.parse(report).getroot().find("testsuite") if report.is_file() else None
-            )
+            suite = testsuite(report)
         if suite is None:
             found[name] = {"error": (done.stdout + done.stderr)[-TAIL:]}
             continue
@@ -188,7 +181,7 @@ def launch(op: str) -> None:
 
     (definition,) = harness.discover(BENCHMARKS, [op])
     dtype = definition.DTYPES[-1]
-    sizes = min(definition.SHAPES.values(), key=lambda sizes: definition.cost(dtype, **sizes)[0])
+    sizes = harness.smallest(definition, dtype)
     inputs = definition.inputs(dtype, harness.device(), **sizes)
     for x in inputs.values():
         if isinstance(x, torch.Tensor) and x.is_floating_point():

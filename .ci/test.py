@@ -11,18 +11,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from suite import ROOT, op_tests, testsuite
+
 MODES = ("TRITON_INTERPRET", "TILEWRIGHT_CPU_ISA")
-
-
-def op_tests() -> list[str]:
-    """tests/test_<op>.py, and test_<op>_<more>.py, of every file in ops/."""
-    ops = [op.stem for op in (ROOT / "python/tilewright/ops").glob("[a-z]*.py")]
-    tests = {path for op in ops for path in ROOT.glob(f"tests/test_{op}*.py")}
-    return sorted(str(path.relative_to(ROOT)) for path in tests)
 
 
 def present(*names: str) -> list[str]:
@@ -60,7 +53,7 @@ def run(name: str, environment: dict[str, str], files: list[str], full: bool) ->
             env=clean | environment,
             cwd=ROOT,
         ).returncode
-        suite = ElementTree.parse(report).getroot().find("testsuite") if report.is_file() else None
+        suite = testsuite(report)
     total, failed, skipped = (
         (0, 0, 0)
         if suite is None

@@ -210,6 +210,11 @@ def row(
     return line
 
 
+def smallest(definition: ModuleType, dtype: torch.dtype) -> dict[str, Any]:
+    """The sizes of an op's benchmark that moves the least."""
+    return min(definition.SHAPES.values(), key=lambda sizes: definition.cost(dtype, **sizes)[0])
+
+
 def modes(inputs: dict[str, Any]) -> list[str]:
     """Forward; and forward with backward where an input requires a gradient."""
     trains = any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
