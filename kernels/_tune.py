@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 
 SHIPPED = Path(__file__).resolve().parent / "tuned"
-_CONFIG = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+# expanduser, not Path.home, which raises for a user without a home
+_CONFIG = Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
 OWN = Path(os.environ.get("TILEWRIGHT_TUNED") or _CONFIG / "tilewright/tuned")
 OPTIONS = ("num_warps", "num_stages")  # the launch options of a configuration; the rest constexprs
 
