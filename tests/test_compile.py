@@ -4,7 +4,6 @@ tl.dot, 16-byte loads, no wgmma held up.  sm_80, 90 and 100; in the slow tests, 
 
 import functools
 import importlib
-import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tilewright.bench import harness
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,11 +73,7 @@ def known(row: dict, warning: str) -> bool:
 @functools.cache
 def page() -> ModuleType:
     """benchmarks/kernels.py, which writes what the tests here hold."""
-    spec = importlib.util.spec_from_file_location("kernels_page", ROOT / "benchmarks/kernels.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return harness.load(ROOT / "benchmarks/kernels.py")
 
 
 def check(name: str, archs: tuple[int, ...], cache: Path) -> list[dict]:

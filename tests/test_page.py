@@ -1,6 +1,5 @@
 """The page of results: what it says, and that a browser draws it."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -10,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from tilewright.bench import harness
+
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -17,11 +18,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 @pytest.fixture
 def page() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("page", ROOT / "benchmarks/page.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return harness.load(ROOT / "benchmarks/page.py")
 
 
 def row(shape: str, size: int, mode: str, ratio: float) -> dict:

@@ -1,9 +1,10 @@
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tilewright.bench import harness
 
 ROOT = Path(__file__).resolve().parent.parent
 ABOUT = {
@@ -31,11 +32,7 @@ OP_ROW = {
 
 @pytest.fixture
 def report() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks/report.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return harness.load(ROOT / "benchmarks/report.py")
 
 
 def record(folder: Path, name: str, rows: list[dict], **more: object) -> None:

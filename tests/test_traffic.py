@@ -6,7 +6,6 @@ loaded again is a formula in the sizes and the tile's shape, here beside the op.
 visits tiles outside its mask exceeds both its loads and its FLOPs.
 """
 
-import importlib.util
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tilewright.bench import harness
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreted
@@ -32,11 +33,7 @@ def interpreter():
 
 
 def definition(op: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(op, ROOT / f"benchmarks/bench_{op}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return harness.load(ROOT / f"benchmarks/bench_{op}.py")
 
 
 def power(n: int) -> int:
@@ -288,16 +285,7 @@ def test_every_op_is_counted():
     assert sorted(CASES) == sorted(BACKWARD) == sorted(ops.__all__)
 
 
-def page() -> ModuleType:
-    """benchmarks/kernels.py"""
-    spec = importlib.util.spec_from_file_location("kernels_page", ROOT / "benchmarks/kernels.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-PAGE = page()
+PAGE = harness.load(ROOT / "benchmarks/kernels.py")
 
 
 @pytest.mark.parametrize("op, shape, backward", PAGE.cases())

@@ -46,10 +46,11 @@ def discover(directory: Path, names: Sequence[str] = ()) -> list[ModuleType]:
     unknown = [name for name in names if name not in found]
     if unknown:
         raise ValueError(f"no benchmark {', '.join(unknown)}; there are {', '.join(found)}")
-    return [_load(found[name]) for name in (names or found)]
+    return [load(found[name]) for name in (names or found)]
 
 
-def _load(path: Path) -> ModuleType:
+def load(path: Path) -> ModuleType:
+    """A file of benchmarks/, which is no package, as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
