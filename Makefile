@@ -70,7 +70,7 @@ gpu:
 gpu-tune:
 	PYTHONPATH=python $(PYTHON) -m tilewright.cli tune --ship $(ARGS)
 
-# llama.cpp, built from source (minutes): the rival that `make demo` shows where it is installed
+# llama.cpp, built from source (minutes), which `make demo` shows where it is installed, and Liger
 peers: $(VENV)/.ready
 	$(BIN)/pip install -q -r requirements-peers.txt
 

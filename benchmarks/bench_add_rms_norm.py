@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tilewright import ops
+from tilewright.bench.harness import outsider
 
 OP = "add_rms_norm"
 SHAPES: dict[str, dict[str, int]] = {
@@ -41,11 +42,27 @@ def eager(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return weight * y.to(x.dtype), h
 
 
+def _liger(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    from liger_kernel.transformers.functional import liger_fused_add_rms_norm
+
+    return liger_fused_add_rms_norm(x, residual, weight, EPS, in_place=False)
+
+
+def _quack(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    from quack import rmsnorm
+
+    return rmsnorm(x, weight, residual=residual, eps=EPS, prenorm=True)
+
+
 PROVIDERS = {
     "tilewright": ours,
     "eager": eager,
     "compile": torch.compile(eager, dynamic=False),
 }
+if outsider("liger_kernel"):
+    PROVIDERS["liger"] = _liger
+if outsider("quack"):
+    PROVIDERS["quack"] = _quack
 
 
 def cost(dtype: torch.dtype, *, M: int, N: int) -> tuple[int, int]:

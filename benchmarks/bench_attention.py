@@ -8,8 +8,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tilewright import ops
+from tilewright.bench.harness import outsider
 
 OP = "attention"
 TENSOR_CORES = True
@@ -40,11 +42,34 @@ def _torch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
     return (F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True),)
 
 
+def _with(backend: SDPBackend) -> Callable:
+    """One of torch's own; eager takes whichever torch chooses."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        with sdpa_kernel(backend):
+            return _torch(q, k, v)
+
+    return call
+
+
+def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    from flash_attn.cute import flash_attn_func
+
+    # [B, S, H, D], and the causal mask aligned to the last key, as ours
+    out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
+    return ((out[0] if isinstance(out, tuple) else out).transpose(1, 2),)
+
+
 PROVIDERS: dict[str, Callable] = {
     "tilewright": _ours,
     "eager": _torch,
     "compile": torch.compile(_torch),
 }
+if torch.cuda.is_available():
+    PROVIDERS["cudnn"] = _with(SDPBackend.CUDNN_ATTENTION)
+    PROVIDERS["flash"] = _with(SDPBackend.FLASH_ATTENTION)
+if outsider("flash_attn"):
+    PROVIDERS["flash-attn 4"] = _flash_attn_4
 
 
 def cost(dtype: torch.dtype, *, B: int, H: int, G: int, S: int, T: int, D: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilewright import ops
+from tilewright.bench.harness import outsider
 
 OP = "geglu"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -35,11 +36,21 @@ def _eager(gate: Tensor, up: Tensor | None = None) -> tuple[Tensor]:
     return (F.gelu(gate, approximate="tanh") * up,)
 
 
+def _liger(gate: Tensor, up: Tensor | None = None) -> tuple[Tensor]:
+    from liger_kernel.transformers.functional import liger_geglu
+
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    return (liger_geglu(gate, up),)
+
+
 PROVIDERS: dict[str, Callable] = {
     "tilewright": _tilewright,
     "eager": _eager,
     "compile": torch.compile(_eager),
 }
+if outsider("liger_kernel"):
+    PROVIDERS["liger"] = _liger
 
 
 def cost(dtype: torch.dtype, *, rows: int, width: int, packed: bool) -> tuple[int, int]:

@@ -1,11 +1,13 @@
 """quant_linear: a decode step and a prefill of SmolLM2's widest layers, 4 and 8 bits."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from tilewright import QuantTensor, ops, reference
+from tilewright.bench.harness import outsider
 
 OP = "quant_linear"
 TENSOR_CORES = True
@@ -39,12 +41,52 @@ def _eager(x: Tensor, w: QuantTensor) -> tuple[Tensor]:
     return (reference.quant_linear(x, w),)
 
 
+@lru_cache(maxsize=1)
+def _tinygemm(w: QuantTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The weight as torch's own int4 product takes it: (code - 8) * scale + zero."""
+    if w.bits != 4 or w.minima is None:
+        raise ValueError("torch's own has 4 bits only")
+    zeros = w.minima.float() + 8 * w.scales.float()
+    scales = torch.stack([w.scales.float().t(), zeros.t()], -1).to(dtype).contiguous()
+    if w.qweight.is_cuda:
+        swapped = w.qweight << 4 | w.qweight >> 4  # theirs has the even column in the high bits
+        tiles = 8 if w.in_features % 128 == 0 else 2
+        return torch.ops.aten._convert_weight_to_int4pack(swapped, tiles), scales
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(w.codes().int(), 1), scales
+
+
+def _torch_int4(x: Tensor, w: QuantTensor) -> tuple[Tensor]:
+    """What torchao's int4 weight-only calls; forward alone."""
+    packed, scales = _tinygemm(w, x.dtype)
+    if x.is_cuda:
+        return (torch.ops.aten._weight_int4pack_mm(x, packed, w.group, scales),)
+    return (torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, w.group, scales),)
+
+
+@lru_cache(maxsize=1)
+def _gemlite_linear(w: QuantTensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    from gemlite.helper import A16W4_HQQ_INT, A16W8_HQQ_INT
+
+    zeros = torch.full_like(w.scales, 2 ** (w.bits - 1))  # theirs too is (code - zero) * scale
+    if w.minima is not None:
+        zeros = -w.minima / w.scales
+    kind = A16W4_HQQ_INT if w.bits == 4 else A16W8_HQQ_INT
+    return kind(device=w.qweight.device, dtype=dtype).from_weights(w.codes(), w.scales, zeros)
+
+
+def _gemlite(x: Tensor, w: QuantTensor) -> tuple[Tensor]:
+    return (_gemlite_linear(w, x.dtype)(x),)
+
+
 PROVIDERS: dict[str, Callable] = {
     "tilewright": _tilewright,
     "tilewright int8 activations": _int8,
     "eager": _eager,
     "compile": torch.compile(_eager),
+    "torch int4": _torch_int4,
 }
+if outsider("gemlite"):
+    PROVIDERS["gemlite"] = _gemlite
 
 
 def cost(dtype: torch.dtype, *, M: int, N: int, K: int, bits: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tilewright import ops
+from tilewright.bench.harness import outsider
 
 OP = "rms_norm"
 SHAPES: dict[str, dict[str, int]] = {
@@ -45,12 +46,28 @@ def functional(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return (F.rms_norm(x, weight.shape, weight, EPS),)
 
 
+def _liger(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    from liger_kernel.transformers.functional import liger_rms_norm
+
+    return (liger_rms_norm(x, weight, EPS, in_place=False),)
+
+
+def _quack(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    from quack import rmsnorm
+
+    return (rmsnorm(x, weight, eps=EPS),)
+
+
 PROVIDERS = {
     "tilewright": ours,
     "eager": eager,
     "F.rms_norm": functional,
     "compile": torch.compile(eager, dynamic=False),
 }
+if outsider("liger_kernel"):
+    PROVIDERS["liger"] = _liger
+if outsider("quack"):
+    PROVIDERS["quack"] = _quack
 
 
 def cost(dtype: torch.dtype, *, M: int, N: int) -> tuple[int, int]:

@@ -50,6 +50,7 @@ def _eager(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tens
     return (x * cos + half * sin,)
 
 
+# Liger's rope is no rival here: it rotates q and k in place, and has no form that keeps them.
 PROVIDERS: dict[str, Callable] = {
     "tilewright": _tilewright,
     "eager": _eager,

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tilewright.bench import harness, timing
+from tilewright.bench import harness, memory, timing
 
 DEFINITION = """
 import torch
@@ -128,7 +128,8 @@ def test_a_row_carries_its_spread_and_its_roofline(definition):
     if not torch.cuda.is_available():
         ours = line["milliseconds"]["tilewright"]
         assert line["percent_of_roofline"] == pytest.approx(100 * line["copy_milliseconds"] / ours)
-        assert line["peak_bytes"] is None and "copy" not in line["milliseconds"]
+        assert "copy" not in line["milliseconds"]
+    assert line["peak_bytes"] >= 8 * 4 and line["peak_bytes_of_rivals"].keys() == {"eager"}
 
 
 def test_nothing_wrong_is_timed(definition):
@@ -153,6 +154,19 @@ def test_rivals_can_be_chosen(definition):
     report = harness.measure(definition, quick=True, against=["two"])
     assert all(r["speedup_over"].keys() == {"eager", "two"} for r in report["rows"])
     assert report["command"] == "tilewright bench double --quick --against two"
+
+
+def test_peak_memory_is_what_is_alive_at_once():
+    x = torch.ones(1 << 20)
+
+    def three_but_never_more_than_two():
+        a = x + x
+        b = a + a
+        del a
+        return b + b
+
+    for fn, arrays in ((lambda: x + x, 1), (three_but_never_more_than_two, 2), (x.zero_, 0)):
+        assert 0 <= memory.peak_bytes(fn) - arrays * x.nbytes < 4096
 
 
 def test_spread():

@@ -51,7 +51,8 @@ def bench(
     unknown = sorted(set(rivals or ()) - known)
     if unknown:
         raise ValueError(
-            f"--against: no rival {', '.join(unknown)}; there are {', '.join(sorted(known))}"
+            f"--against: no rival {', '.join(unknown)}; there are {', '.join(sorted(known))} "
+            "(others need tilewright[peers] and a GPU)"
         )
     console = Console()
     for definition in definitions:

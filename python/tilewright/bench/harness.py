@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tilewright.bench.correctness import verified
 from tilewright.bench.facts import facts
+from tilewright.bench.memory import peak_bytes
 from tilewright.bench.timing import call_seconds, interleaved, spread
 from tilewright.lab.roofline import named
 
@@ -68,6 +69,11 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def outsider(package: str) -> bool:
+    """Whether a rival that runs on GPUs alone can be timed: installed (extra `peers`), a GPU here."""
+    return torch.cuda.is_available() and importlib.util.find_spec(package) is not None
+
+
 def _outputs(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
@@ -105,18 +111,6 @@ def _copy(count: int, place: str) -> Callable[[], object]:
     source = torch.empty(max(1, count // 2), dtype=torch.uint8, device=place)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
-
-
-def _peak_bytes(fn: Callable[[], object]) -> int | None:
-    """What one call adds to the GPU's allocated memory at its height; None on a CPU."""
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    fn()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def _cost(
@@ -175,6 +169,7 @@ def row(
         for name in rivals
         if name != "tilewright"
     }
+    peaks = {name: peak_bytes(fn) for name, fn in rivals.items()}
     largest = _largest(inputs, _outputs(forward(definition.PROVIDERS["tilewright"], inputs)()))
     line: dict[str, Any] = {
         "shape": shape,
@@ -195,7 +190,8 @@ def row(
         "gflop_per_second": flops / ours / 1e9,
         "allocator_bound": largest >= MMAP_BYTES,
         "outside_tolerance": {name: why for name, why in wrong.items() if why},
-        "peak_bytes": _peak_bytes(rivals["tilewright"]),
+        "peak_bytes": peaks["tilewright"],
+        "peak_bytes_of_rivals": {name: peaks[name] for name in ratios},
     }
     if copied:
         line["copy_milliseconds"] = times[COPY].p50 * 1e3

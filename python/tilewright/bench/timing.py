@@ -1,7 +1,7 @@
 """Rivals timed in turns, so that a slow moment of the machine falls on all of them alike.
 
-On a GPU a sample is one call between two events on the stream, after the L2 cache was overwritten:
-the device's time, whatever the host took to launch it.  On a CPU it is the mean of as many calls as
+On a GPU a sample is one call between two events on the stream, after the L2 cache was overwritten
+and while the device still sleeps: the device's time, whatever the host took to launch it.  On a CPU it is the mean of as many calls as
 last a millisecond, caches warm.
 """
 
@@ -14,6 +14,7 @@ import torch
 
 SAMPLE_SECONDS = 1e-3  # a sample is as many calls as last this long: far above the clock's grain
 L2_BYTES = 256 << 20  # more than any GPU's L2
+SLEEP_CYCLES = 1_000_000  # about half a millisecond, in which the host queues a whole call
 QUEUED = 20  # calls in a row whose launching alone is timed: less than a stream's queue holds
 
 
@@ -68,6 +69,7 @@ def _cuda_sample(fn: Callable[[], object], flush: torch.Tensor) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     fn()
     flush.zero_()
+    torch.cuda._sleep(SLEEP_CYCLES)
     begin.record()
     fn()
     end.record()
