@@ -49,7 +49,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, "setup.py", "-q", "sdist", cwd=tree)
     (archive,) = (tree / "dist").glob("tilewright-*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(tree.parent, filter="data")
+        tar.extractall(tree.parent)
     return tree.parent / archive.name.removesuffix(".tar.gz")
 
 
