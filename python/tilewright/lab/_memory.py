@@ -153,6 +153,7 @@ class Memory:
         return self._names.get(address)
 
     def _fault(self, what: str, address: int, name: str | None) -> KernelFault:
+        address -= (address >> 63) << 64  # below nought it has wrapped
         if name is None:
             near = min(
                 self._base,
