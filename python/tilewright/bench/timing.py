@@ -1,8 +1,8 @@
 """Rivals timed in turns, so that a slow moment of the machine falls on all of them alike.
 
 On a GPU a sample is one call between two events on the stream, after the L2 cache was overwritten
-and while the device still sleeps: the device's time, whatever the host took to launch it.  On a CPU it is the mean of as many calls as
-last a millisecond, caches warm.
+and queued while the device sleeps: the device's time, whatever the host took to launch it.  On a
+CPU it is the mean of as many calls as last a millisecond, caches warm.
 """
 
 import statistics
