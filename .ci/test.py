@@ -1,8 +1,8 @@
 """Every pass of `make test`, each in a process of its own, and one closing total.
 
 natively, everything; the op tests, drawn ones too, under TRITON_INTERPRET=1, and at the instruction
-sets avx2 and scalar.  --full adds the tests marked slow, more draws, and the instruction sets
-between.  Exit 1 where any pass failed.
+sets avx2 and scalar.  --full adds the tests marked slow, as many at a time as there are processors,
+more draws, and the instruction sets between.  Exit 1 where any pass failed.
 """
 
 import argparse
@@ -24,32 +24,33 @@ def present(*names: str) -> list[str]:
 
 
 def passes(full: bool) -> dict[str, tuple[dict[str, str], list[str]]]:
-    """Name -> environment and test files."""
+    """Name -> environment, and what pytest is asked for."""
     from tilewright import _native
 
     ops = op_tests()
     tests = [*ops, *present("properties", "addressing")]
     interpreted = [*tests, *present("interpreter", "traffic", "tune", "llama")]
-    found = {
-        "native": ({}, []),
-        "interpreter": ({"TRITON_INTERPRET": "1"}, interpreted),
-    }
-    levels = [] if _native.C is None else _native.C.isas()
+    quick = ["-m", "not slow", *(["--hypothesis-profile=full"] if full else [])]
+    found: dict[str, tuple[dict[str, str], list[str]]] = {"native": ({}, quick)}
+    if full:  # each mostly one thread: a build, or one test file on a kernel with a fault
+        found["slow"] = ({}, ["-m", "slow", "-n", "logical", "--dist", "loadgroup"])
+    if ops:
+        found["interpreter"] = ({"TRITON_INTERPRET": "1"}, [*quick, *interpreted])
+    levels = [] if _native.C is None or not ops else _native.C.isas()
     for level in levels[:-1]:
         if full or level in ("avx2", "scalar"):
-            found[level] = ({"TILEWRIGHT_CPU_ISA": level}, tests)
-    return found if ops else {"native": found["native"]}
+            found[level] = ({"TILEWRIGHT_CPU_ISA": level}, [*quick, *tests])
+    return found
 
 
-def run(name: str, environment: dict[str, str], files: list[str], full: bool) -> dict[str, int]:
+def run(name: str, environment: dict[str, str], asked: list[str]) -> dict[str, int]:
     """Counts of one pass; a pytest that could not even report counts as one failure."""
     clean = {key: value for key, value in os.environ.items() if key not in MODES}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        only = ["--hypothesis-profile=full"] if full else ["-m", "not slow"]
         print(f"== {name}: {' '.join(f'{k}={v}' for k, v in environment.items())}", flush=True)
         code = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-rs", f"--junit-xml={report}", *only, *files],
+            [sys.executable, "-m", "pytest", "-q", "-rs", f"--junit-xml={report}", *asked],
             env=clean | environment,
             cwd=ROOT,
         ).returncode
@@ -75,9 +76,9 @@ def main() -> None:
     os.chdir(ROOT)
     totals = {"passed": 0, "failed": 0, "skipped": 0}
     lines = []
-    for name, (environment, files) in passes(options.full).items():
+    for name, (environment, asked) in passes(options.full).items():
         start = time.perf_counter()
-        counts = run(name, environment, files, options.full)
+        counts = run(name, environment, asked)
         totals = {key: totals[key] + counts[key] for key in totals}
         told = ", ".join(f"{count} {key}" for key, count in counts.items())
         lines.append(f"{name}: {told} in {time.perf_counter() - start:.0f} s")

@@ -1,9 +1,11 @@
-"""Each mutant takes one term out of a kernel; its op's tests, run in the interpreter, must fail.
+"""Each mutant takes one term out of a kernel; its op's tests must fail.  Those of the Triton kernels
+run in the interpreter, those of the C++ kernels natively, at the level in use.
 
-A mutant is a file of kernels/, a text in it (found once) and what replaces it.  That the texts are
-there is tested always, the mutants themselves in the slow tests.
+A mutant is a file, a text in it (found once) and what replaces it.  That the texts are there is tested
+always, the mutants themselves in the slow tests.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,24 +14,30 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from torch.utils import cpp_extension
 
-pytest.importorskip("triton")
+from tilewright import _native
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python/tilewright"
+CPU = ROOT / "csrc/cpu"
 
 
 class Mutant(NamedTuple):
-    file: str
+    path: Path
     was: str
     becomes: str
     op: str  # whose tests must notice
 
 
 def of(file: str, op: str, *changes: tuple[str, str]) -> list[Mutant]:
-    return [Mutant(file, was, becomes, op) for was, becomes in changes]
+    """Of a file of csrc/cpu, or of a Triton kernel's, which goes without its ending."""
+    path = CPU / file if "." in file else ROOT / f"kernels/{file}.py"
+    return [Mutant(path, was, becomes, op) for was, becomes in changes]
 
 
-MUTANTS = [
+TRITON = [
     *of(
         "rms_norm",
         "rms_norm",
@@ -139,6 +147,121 @@ MUTANTS = [
     *of("quant_linear", "addressing", ("x_rows = x_ptr + m.to(tl.int64) * stride_xm", "x_rows = x_ptr + m * stride_xm")),
 ]  # fmt: skip
 
+CPP = [
+    *of(
+        "rms_norm_row.h",
+        "rms_norm",
+        ("sqrt(sum_squares / double(n) + double(eps))", "sqrt(sum_squares / double(n))"),
+        ("    total += reduce_add((a + b) + (c + d));", "    total = reduce_add((a + b) + (c + d));"),
+        ("    if (j < end) b = tail(j, int(end - j), b);", ""),
+        ("put(y + j, load(x + j) * r * load(scale + j), past)", "put(y + j, load(x + j) * r, past)"),
+    ),
+    *of(
+        "rms_norm.cpp",
+        "rms_norm",
+        ("store(scale + j, load(w + j) + o)", "store(scale + j, load(w + j))"),
+        ("      Vec v = r * fma(xhat, mean, d * load(scale + j));", "      Vec v = r * (d * load(scale + j));"),
+        ("store(dw + j, fma(d, xhat, load(dw + j)))", "store(dw + j, d * xhat)"),
+        ("sum = sum + load(partial + b * n + j)", "sum = load(partial + b * n + j)"),
+    ),
+    *of(
+        "rms_norm.cpp",
+        "add_rms_norm",
+        ("      if (RESIDUAL) v = v + load(residual + j);", ""),
+    ),
+    *of(
+        "add_rms_norm.cpp",
+        "add_rms_norm",
+        ("          const Vec v = load(h + j);\n", "          const Vec v = load(x + j) + load(residual + j);\n"),
+        ("store(h + j, load(x + j) + load(residual + j))", "store(h + j, load(x + j))"),
+    ),
+    *of(
+        "glu_rows.h",
+        "swiglu",
+        ("Act::value(load(gate + i)) * load(up + i)", "Act::value(load(gate + i))"),
+        ("      put(dup + i, d * value, past);", "      put(dup + i, value, past);"),
+        ("const int64_t row = at / a.cols, col = at % a.cols;\n    const int64_t n = a.cols - col < end - at ? a.cols - col : end - at;\n    const T* gate", "const int64_t row = at / a.cols, col = 0;\n    const int64_t n = a.cols - col < end - at ? a.cols - col : end - at;\n    const T* gate"),
+    ),
+    *of("swiglu.cpp", "swiglu", ("slope = s * fma(g, set1(1.f) - s, set1(1.f))", "slope = s")),
+    *of(
+        "geglu.cpp",
+        "geglu",
+        ("    slope = fma(g, density, phi);", "    slope = phi;"),
+        ("fma(square, set1(3 * B), set1(A))", "set1(A)"),
+        ("const Vec near = min(set1(64.f), max(set1(-64.f), g))", "const Vec near = g"),
+        ("g * fma(g * g, set1(B), set1(A))", "g * set1(A)"),
+        ("const Vec other = min(set1(3e38f), e) * s", "const Vec other = e * s"),
+    ),
+    *of(
+        "rope.cpp",
+        "rope",
+        ("fma(first, c, (zero - second) * s)", "first * c"),
+        ("  const Vec sign = set1(a.inverse ? -1.f : 1.f);", "  const Vec sign = set1(1.f);"),
+        ("    if (rest) __builtin_memcpy", "    if (false) __builtin_memcpy"),
+        ("a.positions[batch * a.stride_positions + index]", "a.positions[index]"),
+        ("from_float<T>(second * c + first * s)", "from_float<T>(second * c)"),
+    ),
+    *of(
+        "attention.cpp",
+        "attention",
+        ("fma(load(l + c * W), a, sum)", "load(l + c * W) + sum"),
+        ("    const Vec a = exp(old - top);\n    Vec sum", "    const Vec a = set1(1.f);\n    Vec sum"),
+        ("int64_t j = most(0, least(sees, count))", "int64_t j = count"),
+        ("    sum += part[1] * weight;", "    sum += part[1];"),
+        ("const float weight = exp(part[0] - top)", "const float weight = 1.f"),
+    ),
+    *of(
+        "attention_tile.h",
+        "attention",
+        ("least(L, (j0 + j - x.offset) * R - x.first)", "0"),
+        ("      if (MODE == SHIFT) acc[i][n] =", "      if (false) acc[i][n] ="),
+        ("      if (MODE == ADD) acc[i][n] = load(C + at) + acc[i][n];", ""),
+        ("x.keys = a.causal ? most(0, least(a.T, last + x.offset + 1)) : a.T", "x.keys = a.causal ? most(0, least(a.T, last + 1)) : a.T"),
+    ),
+    *of(
+        "attention_bwd.cpp",
+        "attention",
+        ("drift = stats.excess[lane] * norm", "drift = 0.f"),
+        ("store(dj, prob * ((load(dj) - mean) - drift))", "store(dj, prob * load(dj))"),
+        ("transpose_out(dkt, at<T>(a.dk, b, g, first + lane), lane, D, a.scale, q_space)", "transpose_out(dkt, at<T>(a.dk, b, g, first + lane), lane, D, 1.f, q_space)"),
+        ("for (int64_t h = g * R; h < (g + 1) * R; ++h)", "for (int64_t h = g * R; h < g * R + 1; ++h)"),
+        ("fma(load(x.excess + at), a, excess) - shift * kept", "excess"),
+    ),
+    *of(
+        "quant_codes.h",
+        "quant_linear",
+        ("bias ? value + scalar_at(bias, dtype, n) : value", "value"),
+        ("scalar_at(w.minima, w.scale_dtype, at) + centre * s", "scalar_at(w.minima, w.scale_dtype, at)"),
+        ("constexpr int L = GROUP / PER_LANE;", "constexpr int L = 16;"),
+    ),
+    *of(
+        "quant_fixed.cpp",
+        "quant_linear",
+        ("MOST = 127 * 65536 + 127 * 256 + 126", "MOST = 128 * 65536"),
+        ("    if (_mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q)) return false;", ""),
+        ("      group_sum = 0.f;\n", ""),
+        ("              if (i > 0) acc = _mm512_slli_epi32(acc, 8);", ""),
+        ("fma(fma(s, centre, load_tail(minima + g, left)), load_tail(sums + g, left), acc)", "fma(load_tail(minima + g, left), load_tail(sums + g, left), acc)"),
+    ),
+    *of(
+        "quant_linear.cpp",
+        "quant_linear",
+        ("finish(out[m][r] + offset[m][r], bias,", "finish(out[m][r], bias,"),
+        ("    if (zero != 0.f) gemv_exact", "    if (false) gemv_exact"),
+        ("    if (n + NR > end) n = end - NR;", ""),
+    ),
+    *of(
+        "quant_gemm.cpp",
+        "quant_linear",
+        ("store(to, load(static_cast<const float*>(to)) + acc[r][v])", "store(to, acc[r][v])"),
+        ("bias ? load(out + c) + load(bias + c) : load(out + c)", "load(out + c)"),
+        ("_mm512_set1_epi32(-(isums[r * s_stride + b] * (1 << shift)))", "_mm512_setzero_si512()"),
+        ("        if constexpr (OFFSET) {", "        if constexpr (false) {"),
+        ("sum = fma(scale[r][i], line[i], sum)", "sum = scale[r][i] * line[i]"),
+        ("unpack_rows(w, n0, nc, k0, columns, panel, NB);\n      micro_rows(int(a.M), a.x + n0,", "unpack_rows(w, n0, nc, k0, columns, panel, NB);\n      micro_rows(int(a.M), a.x,"),
+    ),
+]  # fmt: skip
+
 # Mutants that live, and why.
 SURVIVORS = {
     "ds = tl.where(_still(rows, S, T, CAUSAL)[None, :], 0.0, ds)": (
@@ -148,45 +271,52 @@ SURVIVORS = {
 }
 
 
+MUTANTS = [*TRITON, *CPP]
+
+
+def name(mutant: Mutant) -> str:
+    return f"{mutant.path.name}: {(mutant.becomes or mutant.was).strip()[:60]}"
+
+
 def test_survivors_are_still_there():
     kernels = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
     assert all(kernels.count(text) == 1 for text in SURVIVORS)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.file}: {m.was.strip()[:60]}")
+@pytest.mark.parametrize("mutant", MUTANTS, ids=name)
 def test_a_mutant_changes_its_file(mutant: Mutant):
     assert mutant.was != mutant.becomes
-    assert (ROOT / f"kernels/{mutant.file}.py").read_text().count(mutant.was) == 1
+    assert mutant.path.read_text().count(mutant.was) == 1
 
 
-def tree(folder: Path, mutant: Mutant) -> Path:
-    """The package with one kernel file changed, everything else linked."""
+def linked(folder: Path, *but: str) -> Path:
+    """The package under `folder`, its entries linked, but for those that begin with one of `but`."""
     package = folder / "tilewright"
     package.mkdir()
     for entry in PACKAGE.iterdir():
-        if entry.name not in ("kernels", "__pycache__"):
+        if not entry.name.startswith(("__pycache__", *but)):
             (package / entry.name).symlink_to(entry)
-    shutil.copytree(ROOT / "kernels", package / "kernels")
-    path = package / f"kernels/{mutant.file}.py"
+    return package
+
+
+def mutated(mutant: Mutant, folder: Path) -> Path:
+    """A copy of the mutant's folder, as `folder`, with its one file changed: that file."""
+    shutil.copytree(mutant.path.parent, folder)
+    path = folder / mutant.path.name
     path.write_text(path.read_text().replace(mutant.was, mutant.becomes))
-    return folder
+    return path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.file}: {m.becomes.strip()[:60]}")
-def test_a_mutant_is_killed(mutant: Mutant, tmp_path: Path):
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(tree(tmp_path, mutant)),
-        "OMP_NUM_THREADS": "1",
+def assert_killed(mutant: Mutant, folder: Path, suites: list[list[str]], **mode: str) -> None:
+    """One of these choices of tests fails on the package under `folder`."""
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TILEWRIGHT_CPU_ISA")
     }
-    tests = sorted(str(p) for p in ROOT.glob(f"tests/test_{mutant.op}*.py"))
     told = ""
-    # what moves too much is right: the traffic is what tells
-    for wanted in (tests, ["tests/test_traffic.py", "-k", mutant.op]):
+    for wanted in suites:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *wanted],
-            env=environment,
+            env=clean | {"PYTHONPATH": str(folder)} | mode,
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -196,3 +326,66 @@ def test_a_mutant_is_killed(mutant: Mutant, tmp_path: Path):
             return
         assert done.returncode in (0, 5), told  # 5: nothing chosen; else not a test that failed
     pytest.fail(f"survived: {mutant}\n{told}")
+
+
+def suite_of(op: str) -> list[str]:
+    return sorted(str(path) for path in ROOT.glob(f"tests/test_{op}*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("mutant", TRITON, ids=name)
+def test_a_mutant_is_killed(mutant: Mutant, tmp_path: Path):
+    mutated(mutant, linked(tmp_path, "kernels") / "kernels")
+    # what moves too much is right: the traffic is what tells
+    suites = [suite_of(mutant.op), ["tests/test_traffic.py", "-k", mutant.op]]
+    assert_killed(mutant, tmp_path, suites, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The extension's object files, csrc/cpu's in units/."""
+    folder = tmp_path_factory.mktemp("objects")
+    build = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "-t", str(folder), "-b", str(folder / "lib")],
+        env=os.environ | {"TILEWRIGHT_REQUIRE_EXT": "1"},
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert build.returncode == 0, build.stderr[-4000:]
+    return folder
+
+
+def units_with(path: Path) -> list[Path]:
+    """The files of csrc/cpu that are compiled and include `path`, or it itself."""
+    if path.suffix == ".cpp":
+        return [path]
+    users = [p for p in CPU.iterdir() if f'#include "{path.name}"' in p.read_text()]
+    return sorted({unit for user in users for unit in units_with(user)})
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("objects")  # one worker: they are built once
+@pytest.mark.skipif(torch.version.cuda is not None, reason="links what a CPU build is made of")
+@pytest.mark.parametrize("mutant", CPP, ids=name)
+def test_a_cpp_mutant_is_killed(mutant: Mutant, objects: Path, tmp_path: Path):
+    level = _native.cpu_isa()
+    folder = mutated(mutant, tmp_path / "cpu").parent
+    instead = {}
+    for unit in units_with(mutant.path):
+        was, becomes = objects / f"units/{unit.stem}.{level}.o", tmp_path / f"{unit.stem}.o"
+        ninja = ["ninja", "-C", str(was.parent), "-t", "commands", str(was)]
+        command = subprocess.run(ninja, capture_output=True, text=True, check=True).stdout.strip()
+        command = command.splitlines()[-1].replace(str(was), str(becomes))
+        command = command.replace(str(unit), str(folder / unit.name))
+        subprocess.run(command, shell=True, check=True, capture_output=True)
+        instead[was] = becomes
+    package = linked(tmp_path, "_C.")
+    (extension,) = PACKAGE.glob("_C.*.so")
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    linked_objects = [str(instead.get(path, path)) for path in sorted(objects.rglob("*.o"))]
+    subprocess.run(
+        ["g++", "-shared", "-fopenmp", *linked_objects, *libraries, "-o", package / extension.name,
+         "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    assert_killed(mutant, tmp_path, [suite_of(mutant.op)], TILEWRIGHT_CPU_ISA=level)
