@@ -1,12 +1,13 @@
-"""Attention's backward:  dP = dout vᵀ, dS = P (dP - rowsum(P dP)), dq = scale dS k, dk = scale dSᵀ q,
-dv = Pᵀ dout.
+"""Attention's backward:  dP = dout vᵀ, dS = P (dP - rowsum(P dP) + dlse), dq = scale dS k,
+dk = scale dSᵀ q, dv = Pᵀ dout.
 
 Dao 2023, arXiv:2307.08691, algorithm 2, with no atomics: one kernel owns dq's rows, another those of
 dk and dv.  There P = e^(s - lse) and rowsum(P dP) = rowsum(dout out), both rounded: at scores of
 1000 lse is off by 3e-5 and P with it, and where one probability is near 1, all that is left of dS is
 the rounding.  Here the dq kernel finds the statistics of a row again, as it goes: m, the maximum
-score (base 2); norm = 1 / sum of p = 2^(s - m); mean, near dP's mean under P, from which dP is
-measured; drift, what the mean is off by.  Shapes are attention.py's.
+score (base 2); norm = 1 / sum of p = 2^(s - m), negative for rows that see one key at most; mean, near
+dP's mean under P, from which dP is measured; drift, what the mean is off by, less dlse.  A sink is a key whose dP is 0; a cap multiplies
+dS by its slope on the way to q and k.  Shapes are attention.py's.
 """
 
 import torch
@@ -15,16 +16,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tile import (
+    FULL,
     KEYS,
     LOG2E,
-    LOWEST,
+    PLAIN,
+    Options,
     by_head_dim,
     dense_rows,
     divisor,
+    first_score,
     heads_last,
     key,
     load_rows,
     padded,
+    scores,
     signature,
     space,
     spans,
@@ -35,25 +40,34 @@ from ._tune import Config, Tunable, split
 
 
 @triton.jit
-def _still(rows, S, T, CAUSAL: tl.constexpr):
+def _still(
+    rows, S, T, left, right,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
     """Rows that see one key at most: P = 1 whatever the score, which dP - mean only approaches."""
-    return (rows + T - S <= 0) if CAUSAL else (rows * 0 + T <= 1)
+    begin, end = rows * 0, rows * 0 + T
+    if LEFT:
+        begin = tl.maximum(rows + T - S - left, 0)
+    if RIGHT:
+        end = tl.minimum(rows + T - S + right + 1, T)
+    return (end - begin <= 1) & (not HAS_SINKS)
 
 
 @triton.jit
 def _dq_step(
     dq, pk, m, l, mean, excess, q, dout,
-    k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, factor,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, left, right, softcap, scale,
+    HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the sums of ds k and p k, and the rows' statistics."""
     cols = start + tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr, cols, stride_kt, T, HEAD_DIM, BLOCK_D)
     v = load_rows(v_ptr, cols, stride_vt, T, HEAD_DIM, BLOCK_D)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
+    s, slope = scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
     if MASK:
-        s = tl.where(visible(rows[:, None], cols[None, :], S, T, CAUSAL), s, -float("inf"))
+        seen = visible(rows[:, None], cols[None, :], S, T, left, right, LEFT, RIGHT)
+        s = tl.where(seen, s, -float("inf"))
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     top = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - top[:, None])
@@ -66,17 +80,18 @@ def _dq_step(
     shift = now - mean
     excess = excess * alpha - shift * kept + tl.sum(ds, 1)
     dq = dq * alpha[:, None] - pk * (shift * alpha)[:, None]
-    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    pk = tl.dot(p.to(k.dtype), k, pk * alpha[:, None], input_precision="ieee")
+    dq = tl.dot((ds * slope).to(k.dtype), k, dq, input_precision="ieee")
+    pk = tl.dot((p * slope).to(k.dtype), k, pk * alpha[:, None], input_precision="ieee")
     return dq, pk, top, total, now, excess
 
 
 @triton.jit
 def _attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, sinks_ptr, dout_ptr, dlse_ptr, stats_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    H, S, T, scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr,
+    H, S, T, left, right, softcap, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DLSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries, and the statistics of their rows for the dk, dv kernel."""
@@ -90,39 +105,48 @@ def _attention_dq_kernel(
     rows = first + tl.arange(0, BLOCK_M)
     q = load_rows(q_ptr, rows, stride_qs, S, HEAD_DIM, BLOCK_D)
     dout = load_rows(dout_ptr + base, rows, H * HEAD_DIM, S, HEAD_DIM, BLOCK_D)
-    factor = scale * LOG2E
 
-    m = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
+    m0, l0 = first_score(sinks_ptr, h, HAS_SINKS)
+    m = tl.zeros((BLOCK_M,), tl.float32) + m0
+    l = tl.zeros((BLOCK_M,), tl.float32) + l0
     mean = tl.zeros((BLOCK_M,), tl.float32)
     excess = tl.zeros((BLOCK_M,), tl.float32)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     pk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    whole, end = spans(first, S, T, CAUSAL, BLOCK_M, BLOCK_N)
-    for start in range(0, whole, BLOCK_N):
+    begin, open, whole, end = spans(first, S, T, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+    if LEFT:
+        for start in range(begin, min(open, end), BLOCK_N):
+            dq, pk, m, l, mean, excess = _dq_step(
+                dq, pk, m, l, mean, excess, q, dout,
+                k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, left, right, softcap, scale,
+                HEAD_DIM, LEFT, RIGHT, SOFTCAP, True, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+    for start in range(open, whole, BLOCK_N):
         dq, pk, m, l, mean, excess = _dq_step(
             dq, pk, m, l, mean, excess, q, dout,
-            k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, factor,
-            HEAD_DIM, CAUSAL, False, BLOCK_N, BLOCK_D,
+            k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, left, right, softcap, scale,
+            HEAD_DIM, LEFT, RIGHT, SOFTCAP, False, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for start in range(whole, end, BLOCK_N):
         dq, pk, m, l, mean, excess = _dq_step(
             dq, pk, m, l, mean, excess, q, dout,
-            k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, factor,
-            HEAD_DIM, CAUSAL, True, BLOCK_N, BLOCK_D,
+            k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, left, right, softcap, scale,
+            HEAD_DIM, LEFT, RIGHT, SOFTCAP, True, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
-    norm = 1.0 / divisor(l, rows, S, T, CAUSAL)
-    drift = excess * norm
-    dq = (dq - drift[:, None] * pk) * tl.where(_still(rows, S, T, CAUSAL), 0.0, scale * norm)[
-        :, None
-    ]
+    norm = 1.0 / divisor(l, rows, S, T, right, RIGHT, HAS_SINKS)
+    still = _still(rows, S, T, left, right, LEFT, RIGHT, HAS_SINKS)
+    drift = tl.where(still, 0.0, excess * norm)
+    dq = tl.where(still[:, None], 0.0, dq)
+    if HAS_DLSE:
+        drift -= tl.load(dlse_ptr + bh * S + rows, mask=rows < S, other=0.0)
+    dq = (dq - drift[:, None] * pk) * (scale * norm)[:, None]
     store_rows(
         dq_ptr + base, dq.to(dq_ptr.dtype.element_ty), rows, H * HEAD_DIM, S, HEAD_DIM, BLOCK_D
     )
     stats_ptr += bh * 4 * S + rows
     tl.store(stats_ptr, m, mask=rows < S)
-    tl.store(stats_ptr + S, norm, mask=rows < S)
+    tl.store(stats_ptr + S, tl.where(still, -norm, norm), mask=rows < S)
     tl.store(stats_ptr + 2 * S, mean, mask=rows < S)
     tl.store(stats_ptr + 3 * S, drift, mask=rows < S)
 
@@ -130,9 +154,9 @@ def _attention_dq_kernel(
 @triton.jit
 def _dkv_step(
     dk, dv, k, v, q_ptr, dout_ptr, stats_ptr,
-    stride_qs, stride_dos, cols, start, S, T, factor,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride_qs, stride_dos, cols, start, S, T, left, right, softcap, scale,
+    HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of queries into dk and dv; scores are transposed, [keys, queries]."""
     rows = start + tl.arange(0, BLOCK_M)
@@ -143,14 +167,14 @@ def _dkv_step(
     norm = tl.load(stats_ptr + S, mask=rows < S, other=0.0)
     mean = tl.load(stats_ptr + 2 * S, mask=rows < S, other=0.0)
     drift = tl.load(stats_ptr + 3 * S, mask=rows < S, other=0.0)
-    s = tl.dot(k, tl.trans(q), input_precision="ieee") * factor
+    s, slope = scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, SOFTCAP)
     if MASK:
-        s = tl.where(visible(rows[None, :], cols[:, None], S, T, CAUSAL), s, -float("inf"))
-    p = tl.exp2(s - m[None, :]) * norm[None, :]
+        seen = visible(rows[None, :], cols[:, None], S, T, left, right, LEFT, RIGHT)
+        s = tl.where(seen, s, -float("inf"))
+    p = tl.exp2(s - m[None, :]) * tl.abs(norm)[None, :]
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-    ds = p * ((dp - mean[None, :]) - drift[None, :])
-    ds = tl.where(_still(rows, S, T, CAUSAL)[None, :], 0.0, ds)
+    ds = p * slope * (tl.where((norm < 0)[None, :], 0.0, dp - mean[None, :]) - drift[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -159,8 +183,9 @@ def _dkv_step(
 def _attention_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    G, S, T, scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr,
+    G, S, T, left, right, softcap, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys, summed in turn over the GROUP heads that share them."""
@@ -171,14 +196,10 @@ def _attention_dkv_kernel(
     cols = first + tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr + b * stride_kb + g * stride_kh, cols, stride_kt, T, HEAD_DIM, BLOCK_D)
     v = load_rows(v_ptr + b * stride_vb + g * stride_vh, cols, stride_vt, T, HEAD_DIM, BLOCK_D)
-    factor = scale * LOG2E
 
-    # queries from `begin` see a key of this block, from `clear` on all of them
-    begin, clear = 0, 0
-    if CAUSAL:
-        begin = max(first - (T - S), 0) // BLOCK_M * BLOCK_M
-        clear = max(first + BLOCK_N - 1 - (T - S), 0)
-        clear = min(max((clear + BLOCK_M - 1) // BLOCK_M * BLOCK_M, begin), S)
+    begin, open, whole, end = spans(first, T, S, right, left, RIGHT, LEFT, BLOCK_N, BLOCK_M)
+    if not LEFT:
+        whole = max(open, end)  # queries past S add nothing and keys past T are not stored: no mask
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for r in range(GROUP):
@@ -186,19 +207,26 @@ def _attention_dkv_kernel(
         q_h = q_ptr + b * stride_qb + h * stride_qh
         dout_h = dout_ptr + (b * S * H + h) * HEAD_DIM
         stats = stats_ptr + (b * H + h) * 4 * S
-        for start in range(begin, clear, BLOCK_M):
+        if RIGHT:
+            for start in range(begin, min(open, end), BLOCK_M):
+                dk, dv = _dkv_step(
+                    dk, dv, k, v, q_h, dout_h, stats,
+                    stride_qs, H * HEAD_DIM, cols, start, S, T, left, right, softcap, scale,
+                    HEAD_DIM, LEFT, RIGHT, SOFTCAP, True, BLOCK_M, BLOCK_D,
+                )  # fmt: skip
+        for start in range(open, whole, BLOCK_M):
             dk, dv = _dkv_step(
                 dk, dv, k, v, q_h, dout_h, stats,
-                stride_qs, H * HEAD_DIM, cols, start, S, T, factor,
-                HEAD_DIM, CAUSAL, True, BLOCK_M, BLOCK_D,
+                stride_qs, H * HEAD_DIM, cols, start, S, T, left, right, softcap, scale,
+                HEAD_DIM, LEFT, RIGHT, SOFTCAP, False, BLOCK_M, BLOCK_D,
             )  # fmt: skip
-        # keys beyond T are never stored, so this loop needs no mask
-        for start in range(max(begin, clear), S, BLOCK_M):
-            dk, dv = _dkv_step(
-                dk, dv, k, v, q_h, dout_h, stats,
-                stride_qs, H * HEAD_DIM, cols, start, S, T, factor,
-                HEAD_DIM, CAUSAL, False, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
+        if LEFT:
+            for start in range(whole, end, BLOCK_M):
+                dk, dv = _dkv_step(
+                    dk, dv, k, v, q_h, dout_h, stats,
+                    stride_qs, H * HEAD_DIM, cols, start, S, T, left, right, softcap, scale,
+                    HEAD_DIM, LEFT, RIGHT, SOFTCAP, True, BLOCK_M, BLOCK_D,
+                )  # fmt: skip
 
     base = (b * T * G + g) * HEAD_DIM  # dk and dv lie as [B, T, G, D]
     dk = (dk * scale).to(dk_ptr.dtype.element_ty)
@@ -210,9 +238,9 @@ def _attention_dkv_kernel(
 
 # BLOCK_M, BLOCK_N, num_warps, num_stages by padded head dim: the largest that spill on no chip
 _DQ = {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)}
-_DQ_FLOAT32 = {64: (32, 16, 8, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)}
+_DQ_FLOAT32 = {64: (16, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)}
 _DKV = {64: (32, 64, 8, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)}
-_DKV_FLOAT32 = {64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)}
+_DKV_FLOAT32 = {64: (16, 32, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)}
 
 
 def _dq_heuristic(dtype: torch.dtype, BLOCK_D: int, causal: bool, S: int) -> Config:
@@ -228,50 +256,67 @@ DKV = Tunable("attention_dkv", ("attention",), KEYS, _dkv_heuristic, space)
 
 
 def attention_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients dq [B, H, S, D], dk, dv [B, G, T, D], lying as [B, S, H, D] and [B, T, G, D]."""
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
+    left: int, right: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients dq [B, H, S, D], dk, dv [B, G, T, D], lying as [B, S, H, D] and [B, T, G, D], and
+    dsinks [H] of float32 ([0] without sinks)."""
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
+    options = Options(sinks, left, right, softcap, scale)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     dout = dout.transpose(1, 2).contiguous()
     dq, dk, dv = heads_last(q), heads_last(k), heads_last(k)
     stats = q.new_empty(B, H, 4, S, dtype=torch.float32)
-    fixed = {
-        "GROUP": H // G,
-        "HEAD_DIM": D,
-        "CAUSAL": causal,
-        "BLOCK_D": padded(D),
-        "enable_fp_fusion": True,
-    }
+    flags = options.flags(S, T)
+    sunk = {"HAS_SINKS": flags.pop("HAS_SINKS"), "HAS_DLSE": dlse is not None}
+    fixed = {"GROUP": H // G, "HEAD_DIM": D, "BLOCK_D": padded(D), "enable_fp_fusion": True} | flags
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    scalars = (S, T, *options.scalars(S, T))
     if dq.numel():
-        config = DQ(q.device, *key(q, causal))
+        config = DQ(q.device, *key(q, flags))
         _attention_dq_kernel[(triton.cdiv(S, config["BLOCK_M"]), B * H)](
-            q, k, v, dout, stats, dq, *strides, H, S, T, scale, **fixed, **config
-        )
+            q, k, v, None if sinks is None else sinks.contiguous(),
+            dout, None if dlse is None else dlse.contiguous(), stats, dq,
+            *strides, H, *scalars, **sunk, **fixed, **config,
+        )  # fmt: skip
     if dk.numel():
-        config = DKV(q.device, *key(q, causal))
+        config = DKV(q.device, *key(q, flags))
         _attention_dkv_kernel[(triton.cdiv(T, config["BLOCK_N"]), B * G)](
-            q, k, v, dout, stats, dk, dv, *strides, G, S, T, scale, **fixed, **config
+            q, k, v, dout, stats, dk, dv, *strides, G, *scalars, **fixed, **config
         )
-    return dq, dk, dv
+    return dq, dk, dv, _dsinks(sinks, stats)
+
+
+def _dsinks(sinks: Tensor | None, stats: Tensor) -> Tensor:
+    """The sum of a sink's dS over its rows: it is a key whose dP is 0."""
+    if sinks is None:
+        return stats.new_empty(0)
+    m, norm, mean, drift = stats.unbind(2)  # [B, H, S]
+    start = (sinks.float() * LOG2E.value)[None, :, None]
+    return -((start - m).exp2() * norm * (mean + drift)).sum((0, 2))
 
 
 def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
     """(kernel, signature, constexprs, options) of every shipped configuration."""
     found = []
     for dtype in (torch.bfloat16, torch.float32):
+        float32 = dict.fromkeys(("dlse", "stats"), torch.float32)
+        dq = signature(
+            dict.fromkeys(("q", "k", "v", "sinks", "dout"), dtype) | float32 | {"dq": dtype}
+        )
         inputs = dict.fromkeys(("q", "k", "v", "dout"), dtype) | {"stats": torch.float32}
+        dkv = signature(inputs | {"dk": dtype, "dv": dtype}, "G")
         for D in (64, 128, 256):
-            (dq_blocks, dq_options), (dkv_blocks, dkv_options) = (
-                split(heuristic(dtype, D, True, 4096))
-                for heuristic in (_dq_heuristic, _dkv_heuristic)
-            )
-            fixed = {"GROUP": 4, "HEAD_DIM": D, "CAUSAL": True, "BLOCK_D": D}
-            dq = signature(inputs | {"dq": dtype})
-            dkv = signature(inputs | {"dk": dtype, "dv": dtype}, "G")
-            found += [
-                (_attention_dq_kernel, dq, fixed | dq_blocks, dq_options),
-                (_attention_dkv_kernel, dkv, fixed | dkv_blocks, dkv_options),
-            ]
+            for flags in (PLAIN, FULL):
+                (dq_blocks, dq_options), (dkv_blocks, dkv_options) = (
+                    split(heuristic(dtype, D, True, 4096))
+                    for heuristic in (_dq_heuristic, _dkv_heuristic)
+                )
+                sunk = {"HAS_SINKS": flags["HAS_SINKS"], "HAS_DLSE": flags["HAS_SINKS"]}
+                seen = {name: flag for name, flag in flags.items() if name not in sunk}
+                fixed = {"GROUP": 4, "HEAD_DIM": D, **seen, "BLOCK_D": D}
+                found += [
+                    (_attention_dq_kernel, dq, fixed | sunk | dq_blocks, dq_options),
+                    (_attention_dkv_kernel, dkv, fixed | dkv_blocks, dkv_options),
+                ]
     return found

@@ -1,7 +1,10 @@
 """What attention's kernels share: tiles of rows, the keys a block of queries sees, launch shapes.
 
-S queries, T keys.  Under CAUSAL query i sees keys j <= i + T - S.
+S queries, T keys.  Query i stands at key p = i + T - S and sees keys p - left <= j where LEFT, and
+j <= p + right where RIGHT (causal is right = 0).
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,6 +15,7 @@ from ._tune import Config, bucket, grid
 
 LOWEST = tl.constexpr(-3.4028234e38)  # a running maximum that -inf minus it is not nan
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -31,35 +35,97 @@ def store_rows(ptr, x, rows, stride, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl
 
 
 @triton.jit
-def spans(first, S, T, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys below `whole` (of BLOCK_N) need no mask for rows first.. ; none below `end` are seen by all."""
-    seen, end = T, T
-    if CAUSAL:
-        seen = min(max(first + T - S + 1, 0), T)
-        end = min(max(first + BLOCK_M + T - S, 0), T)
-    return seen // BLOCK_N * BLOCK_N, end
+def spans(
+    first, S, T, left, right,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Blocks of keys that rows first.. meet: from begin to open some rows see, from open to whole all
+    do, from whole to end some.  begin, open and whole are multiples of BLOCK_N.
+
+    Seen from a key, left and right change places, and so do S and T: the queries it meets.
+    """
+    here = first + T - S
+    begin, open, seen, end = 0, 0, T, T
+    if LEFT:
+        begin = max(here - left, 0) // BLOCK_N * BLOCK_N
+        open = tl.cdiv(max(here + BLOCK_M - 1 - left, 0), BLOCK_N) * BLOCK_N
+    if RIGHT:
+        seen = min(max(here + right + 1, 0), T)
+        end = min(max(here + right + BLOCK_M, 0), T)
+    return begin, open, max(seen // BLOCK_N * BLOCK_N, open), end
 
 
 @triton.jit
-def visible(rows, cols, S, T, CAUSAL: tl.constexpr):
+def visible(rows, cols, S, T, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """Which of cols [1, N] rows [M, 1] may look at (either may be transposed)."""
-    return (cols < T) & (cols <= rows + T - S) if CAUSAL else (cols < T) & (rows < S)
+    seen = cols < T
+    if not (LEFT or RIGHT):
+        seen = seen & (rows < S)  # what rows past S see is not stored: this is for the shape
+    if LEFT:
+        seen = seen & (cols >= rows + (T - S) - left)
+    if RIGHT:
+        seen = seen & (cols <= rows + (T - S) + right)
+    return seen
 
 
 @triton.jit
-def divisor(l, rows, S, T, CAUSAL: tl.constexpr):
+def divisor(l, rows, S, T, right, RIGHT: tl.constexpr, HAS_SINKS: tl.constexpr):
     """The sum l to divide by; inf for rows that see no key, which give 0 and not 0 / 0."""
-    blind = (rows + T - S < 0) | (T == 0) if CAUSAL else (rows >= S) | (T == 0)
-    return tl.where(blind, float("inf"), l)
+    if not HAS_SINKS:
+        blind = (rows >= S) | (T == 0)
+        if RIGHT:
+            blind = blind | (rows + T - S + right < 0)
+        l = tl.where(blind, float("inf"), l)
+    return l
+
+
+@triton.jit
+def tanh(x):
+    """tanh x and its slope, each within a few ulp: below 0.625 Cephes' polynomial, as (1 - e) / (1 + e)
+    would cancel; above it 4 e / (1 + e)^2, as 1 - tanh^2 would."""
+    z = x * x
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    small = x + x * (z * p)
+    size = tl.abs(x)
+    e = tl.exp2(size * -2.8853900817779268)  # e^(-2 |x|)
+    large = (1.0 - e) / (1.0 + e)
+    near = size < 0.625
+    slope = tl.where(near, 1.0 - small * small, 4.0 * e / ((1.0 + e) * (1.0 + e)))
+    return tl.where(near, small, tl.where(x < 0, -large, large)), slope
+
+
+@triton.jit
+def scores(products, scale, softcap, SOFTCAP: tl.constexpr):
+    """Of q kᵀ, in base 2, and the slope of their cap: under SOFTCAP softcap tanh(scale q kᵀ / softcap)."""
+    if SOFTCAP:
+        t, slope = tanh(products * (scale / softcap))
+        s = t * (softcap * LOG2E)
+    else:
+        s, slope = products * (scale * LOG2E), 1.0
+    return s, slope
+
+
+@triton.jit
+def first_score(sinks_ptr, h, HAS_SINKS: tl.constexpr):
+    """The maximum, in base 2, and the sum that a row of head h starts with."""
+    if HAS_SINKS:
+        start, sum = tl.maximum(tl.load(sinks_ptr + h).to(tl.float32) * LOG2E, LOWEST), 1.0
+    else:
+        start, sum = LOWEST, 0.0
+    return start, sum
 
 
 KEYS = ("dtype", "BLOCK_D", "causal", "S")
 MOST_ROWS = 4096  # queries from which more make no difference
 
 
-def key(q: Tensor, causal: bool) -> tuple[torch.dtype, int, bool, int]:
+def key(q: Tensor, flags: dict[str, bool]) -> tuple[torch.dtype, int, bool, int]:
     """What the configurations go by: of q [B, H, S, D] with S > 0."""
-    return q.dtype, padded(q.shape[3]), causal, bucket(q.shape[2], MOST_ROWS)
+    bounded = flags["LEFT"] or flags["RIGHT"]
+    return q.dtype, padded(q.shape[3]), bounded, bucket(q.shape[2], MOST_ROWS)
 
 
 def padded(D: int) -> int:
@@ -97,12 +163,42 @@ def heads_last(x: Tensor) -> Tensor:
     return x.new_empty(B, S, N, D).transpose(1, 2)
 
 
+class Options(NamedTuple):
+    """What a call of attention asks of its kernels beside the tensors."""
+
+    sinks: Tensor | None
+    left: int  # -1: without end
+    right: int
+    softcap: float  # 0: none
+    scale: float
+
+    def flags(self, S: int, T: int) -> dict[str, bool]:
+        """The constexprs; a limit that hides nothing is none."""
+        return {
+            "LEFT": 0 <= self.left < T - 1,
+            "RIGHT": 0 <= self.right < S - 1,
+            "SOFTCAP": self.softcap != 0,
+            "HAS_SINKS": self.sinks is not None,
+        }
+
+    def scalars(self, S: int, T: int) -> tuple[int, int, float, float]:
+        """left, right, softcap, scale."""
+        flags = self.flags(S, T)  # a limit without end may be no int32
+        left, right = self.left * flags["LEFT"], self.right * flags["RIGHT"]
+        return left, right, self.softcap, self.scale
+
+
+# what variants() compile: causal, and with everything at once
+PLAIN = {"LEFT": False, "RIGHT": True, "SOFTCAP": False, "HAS_SINKS": False}
+FULL = {"LEFT": True, "RIGHT": True, "SOFTCAP": True, "HAS_SINKS": True}
+
+
 def signature(pointers: dict[str, torch.dtype], heads: str = "H") -> dict[str, str]:
-    """A kernel's argument types: pointers by name, then the strides of q, k, v, and the sizes."""
+    """A kernel's argument types: pointers by name, then the strides of q, k, v, and the scalars."""
     names = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
     strides = [f"stride_{x}{axis}" for x, row in ("qs", "kt", "vt") for axis in ("b", "h", row)]
     return (
         {f"{name}_ptr": names[dtype] for name, dtype in pointers.items()}
-        | dict.fromkeys([*strides, heads, "S", "T"], "i32")
-        | {"scale": "fp32"}
+        | dict.fromkeys([*strides, heads, "S", "T", "left", "right"], "i32")
+        | dict.fromkeys(["softcap", "scale"], "fp32")
     )

@@ -1,8 +1,9 @@
-"""Attention:  out = P v,  P = softmax(scale q kᵀ).
+"""Attention:  out = P v,  P = softmax(scale q kᵀ),  lse = log sum exp(scale q kᵀ).
 
 Dao 2023, arXiv:2307.08691, algorithm 1.  B batch, H query heads, G kv heads (GROUP = H / G),
-S queries, T keys, D head dim padded to BLOCK_D.  Under CAUSAL query i sees keys j <= i + T - S.
-Softmax and sums are float32 in base 2.  The backward is in _attention_bwd.py.
+S queries, T keys, D head dim padded to BLOCK_D; which keys a query sees, and what a sink and a cap
+do to its scores, is in _tile.py.  Softmax and sums are float32 in base 2.  The backward is in
+_attention_bwd.py.
 """
 
 import torch
@@ -12,16 +13,21 @@ from torch import Tensor
 
 from ._attention_bwd import attention_bwd
 from ._tile import (
+    FULL,
     KEYS,
-    LOG2E,
+    LN2,
     LOWEST,
+    PLAIN,
+    Options,
     by_head_dim,
     dense_rows,
     divisor,
+    first_score,
     heads_last,
     key,
     load_rows,
     padded,
+    scores,
     signature,
     space,
     spans,
@@ -35,16 +41,18 @@ __all__ = ["attention_bwd", "attention_fwd", "variants"]
 
 @triton.jit
 def _fwd_step(
-    acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, factor,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, start,
+    S, T, left, right, softcap, scale,
+    HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the running output, maximum and sum."""
     cols = start + tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr, cols, stride_kt, T, HEAD_DIM, BLOCK_D)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
+    s, _ = scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
     if MASK:
-        s = tl.where(visible(rows[:, None], cols[None, :], S, T, CAUSAL), s, -float("inf"))
+        seen = visible(rows[:, None], cols[None, :], S, T, left, right, LEFT, RIGHT)
+        s = tl.where(seen, s, -float("inf"))
     top = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - top[:, None])
     alpha = tl.exp2(m - top)
@@ -55,10 +63,11 @@ def _fwd_step(
 
 @triton.jit
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, sinks_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    H, S, T, scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr,
+    H, S, T, left, right, softcap, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head against all the keys they see."""
@@ -71,27 +80,38 @@ def _attention_fwd_kernel(
     v_ptr += b * stride_vb + h // GROUP * stride_vh
     rows = first + tl.arange(0, BLOCK_M)
     q = load_rows(q_ptr, rows, stride_qs, S, HEAD_DIM, BLOCK_D)
-    factor = scale * LOG2E
 
-    m = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
+    m0, l0 = first_score(sinks_ptr, h, HAS_SINKS)
+    m = tl.zeros((BLOCK_M,), tl.float32) + m0
+    l = tl.zeros((BLOCK_M,), tl.float32) + l0
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    whole, end = spans(first, S, T, CAUSAL, BLOCK_M, BLOCK_N)
-    for start in range(0, whole, BLOCK_N):
+    begin, open, whole, end = spans(first, S, T, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+    if LEFT:
+        for start in range(begin, min(open, end), BLOCK_N):
+            acc, m, l = _fwd_step(
+                acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, start,
+                S, T, left, right, softcap, scale,
+                HEAD_DIM, LEFT, RIGHT, SOFTCAP, True, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+    for start in range(open, whole, BLOCK_N):
         acc, m, l = _fwd_step(
-            acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, factor,
-            HEAD_DIM, CAUSAL, False, BLOCK_N, BLOCK_D,
+            acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, start,
+            S, T, left, right, softcap, scale,
+            HEAD_DIM, LEFT, RIGHT, SOFTCAP, False, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for start in range(whole, end, BLOCK_N):
         acc, m, l = _fwd_step(
-            acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, factor,
-            HEAD_DIM, CAUSAL, True, BLOCK_N, BLOCK_D,
+            acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, start,
+            S, T, left, right, softcap, scale,
+            HEAD_DIM, LEFT, RIGHT, SOFTCAP, True, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
-    out = acc / divisor(l, rows, S, T, CAUSAL)[:, None]
+    out = acc / divisor(l, rows, S, T, right, RIGHT, HAS_SINKS)[:, None]
     # out lies as [B, S, H, D]
     out_ptr += (b * S * H + h) * HEAD_DIM
     store_rows(out_ptr, out.to(out_ptr.dtype.element_ty), rows, H * HEAD_DIM, S, HEAD_DIM, BLOCK_D)
+    lse = tl.where(m == LOWEST, -float("inf"), (m + tl.log2(l)) * LN2)
+    tl.store(lse_ptr + bh * S + rows, lse, mask=rows < S)
 
 
 # BLOCK_M, BLOCK_N, num_warps, num_stages by padded head dim: what fits 99 KiB of shared memory,
@@ -108,31 +128,40 @@ def _heuristic(dtype: torch.dtype, BLOCK_D: int, causal: bool, S: int) -> Config
 FWD = Tunable("attention_fwd", ("attention",), KEYS, _heuristic, space)
 
 
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """q [B, H, S, D], k, v [B, G, T, D] -> out [B, H, S, D], lying as [B, S, H, D]."""
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
+    left: int, right: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q [B, H, S, D], k, v [B, G, T, D], sinks [H] -> out [B, H, S, D], lying as [B, S, H, D], and
+    lse [B, H, S]."""
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
+    options = Options(sinks, left, right, softcap, scale)
     q, k, v, out = dense_rows(q), dense_rows(k), dense_rows(v), heads_last(q)
-    if out.numel() == 0:
-        return out
-    config = FWD(q.device, *key(q, causal))
+    lse = q.new_empty(B, H, S, dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    flags = options.flags(S, T)
+    config = FWD(q.device, *key(q, flags))
     _attention_fwd_kernel[(triton.cdiv(S, config["BLOCK_M"]), B * H)](
-        q, k, v, out,
+        q, k, v, None if sinks is None else sinks.contiguous(), out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        H, S, T, scale,
-        GROUP=H // G, HEAD_DIM=D, CAUSAL=causal, BLOCK_D=padded(D),
+        H, S, T, *options.scalars(S, T),
+        GROUP=H // G, HEAD_DIM=D, **flags, BLOCK_D=padded(D),
         **config, enable_fp_fusion=True,
     )  # fmt: skip
-    return out
+    return out, lse
 
 
 def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
     """(kernel, signature, constexprs, options) of every shipped configuration."""
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        types = signature(dict.fromkeys(("q", "k", "v", "out"), dtype))
+        types = signature(
+            dict.fromkeys(("q", "k", "v", "sinks", "out"), dtype) | {"lse": torch.float32}
+        )
         for D in (64, 128, 256):
-            fixed = {"GROUP": 4, "HEAD_DIM": D, "CAUSAL": True, "BLOCK_D": D}
-            for S in (16, 4096):
+            for S, flags in ((16, PLAIN), (4096, PLAIN), (4096, FULL)):
+                fixed = {"GROUP": 4, "HEAD_DIM": D, **flags, "BLOCK_D": D}
                 blocks, options = split(_heuristic(dtype, D, True, S))
                 found.append((_attention_fwd_kernel, types, fixed | blocks, options))
     return found

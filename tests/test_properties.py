@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -70,6 +70,8 @@ def swiglu(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
 
 def geglu(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
     inputs, _ = swiglu(draw)
+    # the slope crosses 0 near -0.75: alone in its row, what is left of it there is luck, eager's too
+    assume(inputs[0].shape[-1] // (3 - len(inputs)) not in range(1, 8))
     return inputs, {"approximate": draw(st.sampled_from(["tanh", "none"]))}
 
 
@@ -146,19 +148,26 @@ def test_attention_sees_layouts_alike(data: st.DataObject, dtype: torch.dtype):
     B, S, T = draw(st.integers(0, 2)), draw(st.integers(0, 20)), draw(st.integers(0, 40))
     shaped = [(B, G * group, S, D), (B, G, T, D), (B, G, T, D)]
     inputs = [rounded(laid_out(draw, shape), dtype) for shape in shaped]
-    causal = draw(st.booleans())
-    before = bits(inputs)
-    found = run(ops.attention, inputs, {"causal": causal})
-    assert same(before, bits(inputs))
+    limit = st.sampled_from([-1, -1, 0, 1, 7, 100])
+    sinks = laid_out(draw, (G * group,)) if draw(st.booleans()) else None
+    kwargs = {
+        "causal": draw(st.booleans()),
+        "window": (draw(limit), draw(limit)) if draw(st.booleans()) else None,
+        "softcap": draw(st.sampled_from([None, None, 0.5, 30.0])),
+        "sinks": sinks,
+    }
+    before = bits([*inputs, sinks])
+    found = run(ops.attention_with_lse, inputs, kwargs)
+    assert same(before, bits([*inputs, sinks]))
     dense = [x.detach().contiguous().requires_grad_(x.requires_grad) for x in inputs]
-    assert same(found, run(ops.attention, dense, {"causal": causal}))
+    assert same(found, run(ops.attention_with_lse, dense, kwargs))
     with torch.no_grad():
         truth, eager = (
-            reference.attention(*(x.to(kind) for x in inputs), causal=causal).double()
+            reference.attention(*(x.to(kind) for x in inputs), **kwargs).double()
             for kind in (torch.float64, dtype)
         )
-    # a few rows are too few: the worst of eager's may by luck be good
-    if truth.shape[:3].numel() >= 32:
+    # a few rows are too few, and rows of one number that may cancel: eager's worst may by luck be good
+    if truth.shape[:3].numel() >= 32 and D >= 8:
         assert_within(found[0], eager, truth, torch.finfo(dtype).eps, "out")
 
 
@@ -192,7 +201,7 @@ def test_quant_linear_on_any_layout(data: st.DataObject, dtype: torch.dtype):
 
 
 def test_every_op_is_drawn():
-    assert sorted([*OPS, "attention", "quant_linear"]) == sorted(ops.__all__)
+    assert sorted([*OPS, "attention", "attention_with_lse", "quant_linear"]) == sorted(ops.__all__)
 
 
 def double(*shape: int) -> Tensor:

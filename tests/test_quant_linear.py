@@ -42,7 +42,7 @@ def check(w: QuantTensor, x: Tensor, dtype: torch.dtype, bias: Tensor | None = N
 
 
 # (M, N, K, group): empty, one, decode, a GEMV tail, two tiles and panels, odd sizes, a whole row;
-# panels of the gradient where no vector fits a group
+# panels of the gradient where no vector fits a group, and two of them along N
 SHAPES = [
     (0, 8, 64, 32),
     (1, 1, 32, 32),
@@ -57,6 +57,7 @@ SHAPES = [
     (27, 65, 1088, 32),
     (14, 50, 72, 24),
     (20, 9, 72, 24),
+    (20, 530, 64, 32),
 ]
 
 

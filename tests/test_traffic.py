@@ -1,7 +1,7 @@
 """What each kernel moves, counted in the interpreter, against the least its mathematics needs and
 against what its tiles may read again.
 
-The least is each benchmark's `cost`, plus what the forward keeps for the backward (rstd).  What may be
+The least is each benchmark's `cost`, plus what a forward tells of its rows (rstd, lse).  What may be
 loaded again is a formula in the sizes and the tile's shape, here beside the op.  A kernel that
 visits tiles outside its mask exceeds both its loads and its FLOPs.
 """
@@ -147,7 +147,12 @@ CASES = {
         quant_flops,
     ),
 }
-KEPT = {"rms_norm", "add_rms_norm"}  # forwards that keep one float32 a row for their backward
+# forwards that store one float32 a row: how many rows
+TOLD = {
+    "rms_norm": lambda M, N: M,
+    "add_rms_norm": lambda M, N: M,
+    "attention": lambda B, H, S, **_: B * H * S,
+}
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -163,8 +168,8 @@ def test_forward(op, sizes, dtype, interpreter):
     with interpreter.recording() as launches, torch.no_grad():
         bench.PROVIDERS["tilewright"](**inputs)
     least, _ = bench.cost(dtype, **sizes)
-    if op in KEPT:
-        least += 4 * sizes["M"]
+    if op in TOLD:
+        least += 4 * TOLD[op](**sizes)
     loaded = sum(launch.bytes_loaded for launch in launches)
     stored = sum(launch.bytes_stored for launch in launches)
     distinct = sum(
@@ -279,10 +284,52 @@ def test_backward(op, sizes, dtype, interpreter):
     assert sum(launch.dot_flops for launch in launches) == flops
 
 
-def test_every_op_is_counted():
-    from tilewright import ops
+WINDOWS = [  # S, T, left, right
+    (150, 150, 40, 0),
+    (150, 150, 129, 0),
+    (40, 170, 20, -1),
+    (170, 40, 5, 9),
+    (100, 100, -1, 30),
+]
 
-    assert sorted(CASES) == sorted(BACKWARD) == sorted(ops.__all__)
+
+def met(first: int, block: int, S: int, T: int, left: int, right: int, tile: int) -> int:
+    """Keys in the tiles that queries first.. of a block meet; with the sides exchanged, queries."""
+    begin = max(first + T - S - left, 0) // tile * tile if left >= 0 else 0
+    end = min(max(first + block + T - S + right, 0), T) if right >= 0 else T
+    return ceil(max(end - begin, 0) / tile) * tile
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("S, T, left, right", WINDOWS)
+def test_a_window_visits_its_tiles_alone(S, T, left, right, dtype, interpreter):
+    from tilewright import ops
+    from tilewright.kernels._attention_bwd import DKV, DQ
+    from tilewright.kernels._tile import padded
+    from tilewright.kernels.attention import FWD
+
+    H, G, D = 2, 1, 32
+    q, k, v = (torch.randn(1, n, m, D, dtype=dtype) for n, m in ((H, S), (G, T), (G, T)))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    with interpreter.recording() as launches:
+        out = ops.attention(*inputs, window=(left, right))
+    with interpreter.recording() as backward:
+        torch.autograd.grad(out, inputs, torch.randn_like(out))
+    key = dtype, padded(D), True, power(S)
+    for products, launch, tunable in zip(
+        (2, 4), (launches[0], backward[0]), (FWD, DQ), strict=True
+    ):
+        m, n = (tunable.heuristic(*key)[name] for name in ("BLOCK_M", "BLOCK_N"))
+        pairs = m * sum(met(i, m, S, T, left, right, n) for i in range(0, S, m))
+        assert launch.dot_flops == 2 * products * H * pairs * padded(D)
+    m, n = (DKV.heuristic(*key)[name] for name in ("BLOCK_M", "BLOCK_N"))
+    pairs = n * sum(met(j, n, T, S, right, left, m) for j in range(0, T, n))
+    assert backward[1].dot_flops == 2 * 4 * H * pairs * padded(D)
+
+
+def test_every_op_is_counted():
+    ops = [path.stem for path in (ROOT / "python/tilewright/ops").glob("[a-z]*.py")]
+    assert sorted(CASES) == sorted(BACKWARD) == sorted(ops)
 
 
 PAGE = harness.load(ROOT / "benchmarks/kernels.py")

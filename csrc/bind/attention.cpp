@@ -34,7 +34,18 @@ Tensor empty_like_heads(const Tensor& x) {
       {B, N, S, D}, {some(S) * some(N) * some(D), some(D), some(N) * some(D), 1}, x.scalar_type());
 }
 
-AttentionArgs arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale) {
+// How a call of attention differs from softmax(q kᵀ) v, as the operators take it.
+struct Options {
+  int64_t left, right;  // -1: without end
+  double softcap;       // 0: none
+  double scale;
+};
+
+// Dense float32, whose address the arguments take; undefined where there is none.
+Tensor floats(const std::optional<Tensor>& x) { return x ? x->to(at::kFloat).contiguous() : Tensor(); }
+
+AttentionArgs arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sinks,
+                        const Options& o) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() && k.size(0) == q.size(0) &&
                         k.size(3) == q.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
                     op, ": q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), " do not fit");
@@ -43,7 +54,12 @@ AttentionArgs arguments(const char* op, const Tensor& q, const Tensor& k, const 
   AttentionArgs a{};
   a.q = view(q), a.k = view(k), a.v = view(v);
   a.B = q.size(0), a.H = q.size(1), a.G = k.size(1), a.S = q.size(2), a.T = k.size(2), a.D = q.size(3);
-  a.scale = float(scale), a.causal = causal, a.dtype = dtype_of(q, op, "q");
+  TORCH_CHECK_VALUE(!sinks.defined() || (sinks.dim() == 1 && sinks.size(0) == a.H), op, ": sinks of another size than ",
+                    a.H, " heads");
+  a.sinks = sinks.defined() ? sinks.const_data_ptr<float>() : nullptr;
+  const int64_t all = a.S + a.T;
+  a.left = o.left < 0 ? all : std::min(o.left, all), a.right = o.right < 0 ? all : std::min(o.right, all);
+  a.softcap = float(o.softcap), a.scale = float(o.scale), a.dtype = dtype_of(q, op, "q");
   return a;
 }
 
@@ -61,16 +77,22 @@ void run(Kernel kernel, const AttentionArgs& a, int64_t items, int64_t each, int
 // Few rows leave the blocked kernel's lanes empty, and too few tiles to share out a long cache.
 bool is_decode(const AttentionArgs& a) { return a.S <= 8 && a.S * a.group() <= 64; }
 
-Tensor attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal, double scale) {
-  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
-  AttentionArgs a = arguments("attention", q, k, v, causal, scale);
+// The keys a query meets at the most.
+int64_t span(const AttentionArgs& a) { return std::min(a.T, a.left + a.right + 1); }
+
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                                         const std::optional<Tensor>& sinks_, int64_t left, int64_t right,
+                                         double softcap, double scale) {
+  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), sinks = floats(sinks_);
+  AttentionArgs a = arguments("attention", q, k, v, sinks, {left, right, softcap, scale});
   const Tensor out = empty_like_heads(q);
-  if (out.numel() == 0) return out;
-  a.out = view(out);
+  const Tensor lse = at::detail::empty_cpu({a.B, a.H, a.S}, at::kFloat);
+  if (out.numel() == 0) return {out, lse};
+  a.out = view(out), a.lse = lse.mutable_data_ptr<float>();
   if (!is_decode(a)) {
     run(TW_PICK(attention_prefill), a, a.B * a.G * a.row_tiles(),
-        2 * cpu::ATTENTION_LANES * a.T * a.D, a.blocked_scratch());
-    return out;
+        2 * cpu::ATTENTION_LANES * span(a) * a.D, a.blocked_scratch());
+    return {out, lse};
   }
   const int64_t rows = a.S * a.group(), items = a.B * a.G * a.chunks();
   c10::DataPtr partial;
@@ -86,13 +108,34 @@ Tensor attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool 
     const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / (a.chunks() * (a.D + 2)));
     at::parallel_for(0, a.B * a.G * rows, grain, [&](int64_t begin, int64_t end) { combine(a, begin, end); });
   }
-  return out;
+  return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
-                                                 bool causal, double scale) {
+// The sum of a sink's dS over its rows: it is a key whose dP is 0.
+Tensor sink_gradient(const AttentionArgs& a) {
+  if (a.sinks == nullptr) return at::detail::empty_cpu({0}, at::kFloat);
+  const Tensor dsinks = at::detail::empty_cpu({a.H}, at::kFloat);
+  float* const out = dsinks.mutable_data_ptr<float>();
+  for (int64_t h = 0; h < a.H; ++h) {
+    double sum = 0;
+    for (int64_t b = 0; b < a.B; ++b)
+      for (int64_t at = (b * a.H + h) * a.S; at < (b * a.H + h + 1) * a.S; ++at)
+        sum -= std::exp(double(a.sinks[h]) - a.rows.top[at]) * a.rows.norm[at] *
+               (double(a.rows.mean[at]) + a.rows.drift[at]);
+    out[h] = float(sum);
+  }
+  return dsinks;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
+    const Tensor& dout_, const std::optional<Tensor>& dlse_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
+    const std::optional<Tensor>& sinks_, int64_t left, int64_t right, double softcap, double scale) {
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), dout = dense_rows(dout_);
-  AttentionArgs a = arguments("attention_bwd", q, k, v, causal, scale);
+  const Tensor sinks = floats(sinks_), dlse = floats(dlse_);
+  AttentionArgs a = arguments("attention_bwd", q, k, v, sinks, {left, right, softcap, scale});
+  TORCH_CHECK_VALUE(!dlse.defined() || dlse.numel() == a.B * a.H * a.S, "attention_bwd: dlse ", dlse.sizes(),
+                    " does not fit q ", q.sizes());
+  a.dlse = dlse.defined() ? dlse.const_data_ptr<float>() : nullptr;
   TORCH_CHECK_VALUE(dout.sizes() == q.sizes() && dout.scalar_type() == q.scalar_type(), "attention_bwd: dout ",
                     dout.sizes(), " ", dout.scalar_type(), " does not fit q ", q.sizes(), " ", q.scalar_type());
   const Tensor dq = empty_like_heads(q), dk = empty_like_heads(k), dv = empty_like_heads(k);
@@ -102,15 +145,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_, const Tens
   a.rows = {rows, rows + n, rows + 2 * n, rows + 3 * n};
   a.dout = view(dout), a.dq = view(dq), a.dk = view(dk), a.dv = view(dv);
   if (dq.numel())
-    run(TW_PICK(attention_dq), a, a.B * a.G * a.row_tiles(), each * a.T, a.blocked_scratch());
+    run(TW_PICK(attention_dq), a, a.B * a.G * a.row_tiles(), each * span(a), a.blocked_scratch());
   if (dk.numel())
-    run(TW_PICK(attention_dkv), a, a.B * a.G * a.key_tiles(), each * a.S * a.group(), a.blocked_scratch());
-  return {dq, dk, dv};
+    run(TW_PICK(attention_dkv), a, a.B * a.G * a.key_tiles(),
+        each * std::min(a.S, a.left + a.right + 1) * a.group(), a.blocked_scratch());
+  return {dq, dk, dv, sink_gradient(a)};
 }
 
 Tensor call_fwd(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale) {
   static const auto op = operator_of("attention_fwd", &attention_fwd);
-  return op.call(q, k, v, causal, scale);
+  return std::get<0>(op.call(q, k, v, std::nullopt, -1, causal ? 0 : -1, 0.0, scale));
 }
 
 struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
@@ -125,9 +169,9 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     static const auto op = operator_of("attention_bwd", &attention_bwd);
     return once_differentiable(dout, [&]() -> variable_list {
       const variable_list saved = ctx->get_saved_variables();
-      const auto [dq, dk, dv] =
-          op.call(dout[0], saved[0], saved[1], saved[2], ctx->saved_data["causal"].toBool(),
-                  ctx->saved_data["scale"].toDouble());
+      const int64_t right = ctx->saved_data["causal"].toBool() ? 0 : -1;
+      const auto [dq, dk, dv, dsinks] = op.call(dout[0], std::nullopt, saved[0], saved[1], saved[2], std::nullopt, -1,
+                                                right, 0.0, ctx->saved_data["scale"].toDouble());
       const Tensor none;
       return {dq, dk, dv, none, none};
     });

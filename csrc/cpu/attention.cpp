@@ -14,6 +14,8 @@ TW_INLINE float exp(float x) {
   return lanes[0];
 }
 
+TW_INLINE float lse_of(float top, float sum) { return top == LOWEST ? -INF : top + __builtin_logf(sum); }
+
 // One online-softmax step over scores [count, L]: the scores become probabilities, m and l
 // the running maximum and sum, alpha what the output so far is scaled by.
 TW_INLINE void softmax_step(float* scores, int64_t count, int vectors, float* m, float* l, float* alpha) {
@@ -48,24 +50,29 @@ template <class T> void prefill_tile(const AttentionArgs& a, int64_t item, float
         *alpha = l + L, *k_space = alpha + L, *v_space = k_space + NB * a.padded();
   if (x.rows < L) clear(qt, D * L);
   clear(ot, D * L);
-  for (int lane = 0; lane < L; ++lane) m[lane] = LOWEST, l[lane] = 0.f;
+  for (int lane = 0; lane < L; ++lane) {
+    m[lane] = first_score(a, x.g * R + (x.first + lane) % R);
+    l[lane] = first_sum(a);
+  }
   for (int lane = 0; lane < x.rows; ++lane) {
     const int64_t row = x.first + lane;
     transpose_in(at<T>(a.q, x.b, x.g * R + row % R, row / R), qt, lane, D);
   }
-  for (int64_t j = 0; j < x.keys; j += NB) {
-    const int64_t count = least(NB, x.keys - j);
+  for (int64_t j = x.from; j < x.to; j += NB) {
+    const int64_t count = least(NB, x.to - j);
     const Rows k = stage(at<T>(a.k, x.b, x.g, j), a.k.row, count, D, k_space);
-    gemm<true, SET>(k.data, k.stride, qt, scores, count, D, x.vectors, {a.scale});
-    if (a.causal && j + count - 1 > x.first / R + x.offset) mask_prefix(scores, j, count, x, R);
+    gemm<true, SET>(k.data, k.stride, qt, scores, count, D, x.vectors, {score_factor(a)});
+    if (a.softcap != 0.f) cap(scores, nullptr, count, x.vectors, a.softcap);
+    mask_rows(a, scores, j, count, x);
     softmax_step(scores, count, x.vectors, m, l, alpha);
     const Rows v = stage(at<T>(a.v, x.b, x.g, j), a.v.row, count, D, v_space);
     gemm<false, RESCALE>(v.data, v.stride, scores, ot, D, count, x.vectors, {1.f, alpha});
   }
   for (int lane = 0; lane < x.rows; ++lane) {
     const int64_t row = x.first + lane, i = row / R;
-    T* out = at<T>(a.out, x.b, x.g * R + row % R, i);
-    transpose_out(ot, out, lane, D, a.blind(i) ? 0.f : 1.f / l[lane], k_space);
+    const int64_t h = x.g * R + row % R;
+    transpose_out(ot, at<T>(a.out, x.b, h, i), lane, D, a.blind(i) ? 0.f : 1.f / l[lane], k_space);
+    a.lse[(x.b * a.H + h) * a.S + i] = lse_of(m[lane], l[lane]);
   }
 }
 
@@ -184,9 +191,8 @@ template <class T> TW_INLINE void store_row(const float* from, T* to, int64_t D,
 
 template <int RB, class T>
 void decode_rows(const AttentionArgs& a, int64_t b, int64_t g, int64_t c, int64_t row, float* q, float* scores) {
-  const int64_t R = a.group(), D = a.D, Dp = a.padded(), j0 = c * CHUNK;
-  const int64_t last = a.causal ? (row + RB - 1) / R + a.T - a.S + 1 : a.T;  // keys the last row sees
-  const int64_t count = most(0, least(least(last, a.T) - j0, CHUNK));
+  const int64_t R = a.group(), D = a.D, Dp = a.padded(), j0 = a.from(0) + c * CHUNK;
+  const int64_t count = most(0, least(a.to((row + RB - 1) / R) - j0, CHUNK));
   const int64_t vectors = (count + W - 1) / W * W;
   for (int r = 0; r < RB; ++r) {
     const T* from = at<T>(a.q, b, g * R + (row + r) % R, (row + r) / R);
@@ -197,11 +203,18 @@ void decode_rows(const AttentionArgs& a, int64_t b, int64_t g, int64_t c, int64_
   float m[RB], l[RB];
   for (int r = 0; r < RB; ++r) {
     float* s = scores + r * CHUNK;
-    const int64_t sees = a.causal ? (row + r) / R + a.T - a.S + 1 - j0 : count;
+    const int64_t i = (row + r) / R;
     for (int64_t j = count; j < vectors; ++j) s[j] = 0.f;
-    for (int64_t j = 0; j < vectors; j += W) store(s + j, load(s + j) * set1(a.scale));
-    for (int64_t j = most(0, least(sees, count)); j < vectors; ++j) s[j] = -INF;
-    Vec top = set1(LOWEST), sum = set1(0.f);
+    Vec slope;
+    for (int64_t j = 0; j < vectors; j += W) {
+      const Vec score = load(s + j) * set1(score_factor(a));
+      store(s + j, a.softcap != 0.f ? tanh(score, slope) * set1(a.softcap) : score);
+    }
+    for (int64_t j = 0; j < least(a.from(i) - j0, vectors); ++j) s[j] = -INF;
+    for (int64_t j = most(0, least(a.to(i) - j0, count)); j < vectors; ++j) s[j] = -INF;
+    // the first chunk meets the sink
+    const float start = c == 0 ? first_score(a, g * R + (row + r) % R) : LOWEST;
+    Vec top = set1(start), sum = set1(0.f);
     for (int64_t j = 0; j < vectors; j += W) top = max(top, load(s + j));
     m[r] = reduce_max(top);
     for (int64_t j = 0; j < vectors; j += W) {
@@ -209,7 +222,7 @@ void decode_rows(const AttentionArgs& a, int64_t b, int64_t g, int64_t c, int64_
       store(s + j, p);
       sum = sum + p;
     }
-    l[r] = reduce_add(sum);
+    l[r] = reduce_add(sum) + (c == 0 ? first_sum(a) * exp(start - m[r]) : 0.f);
   }
   decode_values<RB>(scores, at<T>(a.v, b, g, j0), a.v.row, count, D, q, Dp);  // q is done with
   for (int r = 0; r < RB; ++r) {
@@ -220,6 +233,7 @@ void decode_rows(const AttentionArgs& a, int64_t b, int64_t g, int64_t c, int64_
       store_row(q + r * Dp, part + 2, D, 1.f);
     } else {
       store_row(q + r * Dp, at<T>(a.out, b, h, i), D, a.blind(i) ? 0.f : 1.f / l[r]);
+      a.lse[(b * a.H + h) * a.S + i] = lse_of(m[r], l[r]);
     }
   }
 }
@@ -257,6 +271,7 @@ template <class T> void combine_row(const AttentionArgs& a, int64_t item) {
     }
   }
   store_row(first + 2, at<T>(a.out, b, h, i), D, a.blind(i) ? 0.f : 1.f / sum);
+  a.lse[(b * a.H + h) * a.S + i] = lse_of(top, sum);
 }
 
 }  // namespace

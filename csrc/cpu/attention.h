@@ -24,21 +24,31 @@ struct AttentionRows {
 
 struct AttentionArgs {
   AttentionView q, k, v, out;
+  float* lse;                      // forward only: [B, H, S]
   AttentionView dout, dq, dk, dv;  // backward only
+  const float* dlse;               // backward only: [B, H, S] or null
   AttentionRows rows;              // backward only: dq writes it, so it runs before dkv
   float* partial;  // decode with more than one chunk: [B, G, chunks, S * R, D + 2]
+  const float* sinks;  // [H] or null: scores of a key more, whose value is 0
   int64_t B, H, G, S, T, D;
+  int64_t left, right;  // query i sees keys i + T - S - left .. i + T - S + right
+  float softcap;        // 0: none
   float scale;
-  bool causal;  // query i sees keys j <= i + T - S
   DType dtype;
 
   int64_t group() const { return H / G; }
   int64_t padded() const { return (D + 15) / 16 * 16; }
   int64_t row_tiles() const { return (S * group() + ATTENTION_LANES - 1) / ATTENTION_LANES; }
   int64_t key_tiles() const { return (T + ATTENTION_LANES - 1) / ATTENTION_LANES; }
-  int64_t chunks() const { return T ? (T + ATTENTION_CHUNK - 1) / ATTENTION_CHUNK : 1; }
-  // Whether query i sees no key: then its output and gradients are 0, and not 0 / 0.
-  bool blind(int64_t i) const { return T == 0 || (causal && i + T - S < 0); }
+  // The keys that query i sees: from `from` to before `to`.
+  int64_t from(int64_t i) const { const int64_t j = i + T - S - left; return j > 0 ? j : 0; }
+  int64_t to(int64_t i) const { const int64_t j = i + T - S + right + 1; return j < 0 ? 0 : j < T ? j : T; }
+  int64_t chunks() const {
+    const int64_t keys = T - from(0);
+    return keys > 0 ? (keys + ATTENTION_CHUNK - 1) / ATTENTION_CHUNK : 1;
+  }
+  // Whether query i sees no key, nor a sink: then its output and gradients are 0, and not 0 / 0.
+  bool blind(int64_t i) const { return sinks == nullptr && to(i) <= from(i); }
   // floats of scratch each thread needs
   int64_t blocked_scratch() const {
     return 4 * (ATTENTION_LANES + ATTENTION_BLOCK) * (padded() + ATTENTION_LANES);

@@ -54,32 +54,42 @@ template <class T> void dq_tile(const AttentionArgs& a, int64_t item, float* scr
   const Tile x = row_tile(a, item);
   const int64_t R = a.group(), D = a.D;
   float *qt = scratch, *dot = qt + D * L, *dqt = dot + D * L, *pkt = dqt + D * L, *p = pkt + D * L,
-        *ds = p + NB * L, *lanes = ds + NB * L, *k_space = lanes + 6 * L, *v_space = k_space + NB * a.padded();
+        *ds = p + NB * L, *slopes = ds + NB * L, *lanes = slopes + NB * L, *k_space = lanes + 6 * L,
+        *v_space = k_space + NB * a.padded();
   const Stats stats = {lanes, lanes + L, lanes + 2 * L, lanes + 3 * L, lanes + 4 * L, lanes + 5 * L};
   if (x.rows < L) clear(qt, 2 * D * L);
   clear(dqt, 2 * D * L);
   clear(lanes, 4 * L);
-  for (int lane = 0; lane < L; ++lane) stats.m[lane] = LOWEST;
+  for (int lane = 0; lane < L; ++lane) {
+    stats.m[lane] = first_score(a, x.g * R + (x.first + lane) % R);
+    stats.l[lane] = first_sum(a);  // of the sink's dP, which is 0
+  }
   for (int lane = 0; lane < x.rows; ++lane) {
     const int64_t row = x.first + lane, h = x.g * R + row % R, i = row / R;
     transpose_in(at<T>(a.q, x.b, h, i), qt, lane, D);
     transpose_in(at<T>(a.dout, x.b, h, i), dot, lane, D);
   }
-  for (int64_t j = 0; j < x.keys; j += NB) {
-    const int64_t count = least(NB, x.keys - j);
+  for (int64_t j = x.from; j < x.to; j += NB) {
+    const int64_t count = least(NB, x.to - j);
     const Rows k = stage(at<T>(a.k, x.b, x.g, j), a.k.row, count, D, k_space);
     const Rows v = stage(at<T>(a.v, x.b, x.g, j), a.v.row, count, D, v_space);
-    gemm<true, SET>(k.data, k.stride, qt, p, count, D, x.vectors, {a.scale});
+    gemm<true, SET>(k.data, k.stride, qt, p, count, D, x.vectors, {score_factor(a)});
     gemm_in_parts(v.data, v.stride, dot, ds, count, D, x.vectors);
-    if (a.causal && j + count - 1 > x.first / R + x.offset) mask_prefix(p, j, count, x, R);
+    if (a.softcap != 0.f) cap(p, slopes, count, x.vectors, a.softcap);
+    mask_rows(a, p, j, count, x);
     statistics_step(p, ds, count, x.vectors, stats);
+    if (a.softcap != 0.f) {
+      times(p, slopes, count, x.vectors);
+      times(ds, slopes, count, x.vectors);
+    }
     const Carry carry = {1.f, stats.alpha, stats.beta, pkt};
     gemm<false, SHIFT>(k.data, k.stride, ds, dqt, D, count, x.vectors, carry);
     gemm<false, RESCALE>(k.data, k.stride, p, pkt, D, count, x.vectors, carry);
   }
   for (int lane = 0; lane < x.rows; ++lane) {
     const int64_t row = x.first + lane, h = x.g * R + row % R, i = row / R, flat = (x.b * a.H + h) * a.S + i;
-    const float norm = a.blind(i) ? 0.f : 1.f / stats.l[lane], drift = stats.excess[lane] * norm;
+    const float norm = a.blind(i) ? 0.f : 1.f / stats.l[lane];
+    const float drift = stats.excess[lane] * norm - (a.dlse ? a.dlse[flat] : 0.f);
     for (int64_t d = 0; d < D; ++d) dqt[d * L + lane] -= drift * pkt[d * L + lane];
     transpose_out(dqt, at<T>(a.dq, x.b, h, i), lane, D, a.scale * norm, k_space);
     a.rows.top[flat] = stats.m[lane];
@@ -109,25 +119,27 @@ template <class T> void dkv_tile(const AttentionArgs& a, int64_t item, float* sc
   const int64_t first = folded(item % n, n) * L, offset = a.T - a.S;
   const int keys = int(least(L, a.T - first)), vectors = (keys + W - 1) / W;
   float *kt = scratch, *vt = kt + D * L, *dkt = vt + D * L, *dvt = dkt + D * L, *p = dvt + D * L,
-        *ds = p + NB * L, *q_space = ds + NB * L, *do_space = q_space + NB * a.padded();
+        *ds = p + NB * L, *slopes = ds + NB * L, *q_space = slopes + NB * L,
+        *do_space = q_space + NB * a.padded();
   if (keys < L) clear(kt, 2 * D * L);
   clear(dkt, 2 * D * L);
   for (int lane = 0; lane < keys; ++lane) {
     transpose_in(at<T>(a.k, b, g, first + lane), kt, lane, D);
     transpose_in(at<T>(a.v, b, g, first + lane), vt, lane, D);
   }
-  const int64_t start = a.causal ? most(0, first - offset) : 0;  // the first query that sees a key
+  // the queries that see a key
+  const int64_t start = most(0, first - offset - a.right), stop = least(a.S, first + keys - offset + a.left);
   for (int64_t h = g * R; h < (g + 1) * R; ++h)
-    for (int64_t i = start; i < a.S; i += NB) {
-      const int64_t count = least(NB, a.S - i);
+    for (int64_t i = start; i < stop; i += NB) {
+      const int64_t count = least(NB, stop - i);
       const Rows q = stage(at<T>(a.q, b, h, i), a.q.row, count, D, q_space);
       const Rows dout = stage(at<T>(a.dout, b, h, i), a.dout.row, count, D, do_space);
-      gemm<true, SET>(q.data, q.stride, kt, p, count, D, vectors, {a.scale});
+      gemm<true, SET>(q.data, q.stride, kt, p, count, D, vectors, {score_factor(a)});
       gemm_in_parts(dout.data, dout.stride, vt, ds, count, D, vectors);
-      if (a.causal)
-        for (int64_t r = 0; r < count; ++r)
-          for (int64_t lane = most(0, i + r + offset + 1 - first); lane < keys; ++lane) p[r * L + lane] = -INF;
+      if (a.softcap != 0.f) cap(p, slopes, count, vectors, a.softcap);
+      for (int64_t r = 0; r < count; ++r) keep_lanes(p + r * L, a.from(i + r) - first, a.to(i + r) - first);
       score_gradient(p, ds, count, vectors, a.rows, (b * a.H + h) * a.S + i);
+      if (a.softcap != 0.f) times(ds, slopes, count, vectors);
       gemm<false, ADD>(q.data, q.stride, ds, dkt, D, count, vectors);
       gemm<false, ADD>(dout.data, dout.stride, p, dvt, D, count, vectors);
     }

@@ -29,6 +29,7 @@ constexpr int MR = 4, NV = 3;
 
 TW_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 TW_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+TW_INLINE float most(float a, float b) { return a > b ? a : b; }
 
 // a * b + c, rounded once.  The scalar level's fma rounds twice, and what a score of 1000 is off by,
 // its probability is off by a thousandfold.
@@ -163,9 +164,9 @@ TW_INLINE void clear(float* p, int64_t n) { __builtin_memset(p, 0, size_t(n) * s
 // ones alternate: 0, n-1, 1, n-2, ...
 TW_INLINE int64_t folded(int64_t t, int64_t n) { return t % 2 ? n - 1 - t / 2 : t / 2; }
 
-// The rows of one tile: which kv head, which flattened rows, which keys they see.
+// The rows of one tile: which kv head, which flattened rows, and the keys any of them sees.
 struct Tile {
-  int64_t b, g, first, offset, keys;
+  int64_t b, g, first, from, to;
   int rows, vectors;
 };
 
@@ -177,19 +178,66 @@ TW_INLINE Tile row_tile(const AttentionArgs& a, int64_t item) {
   x.first = t * L;
   x.rows = int(least(L, a.S * R - x.first));
   x.vectors = (x.rows + W - 1) / W;
-  x.offset = a.T - a.S;
-  const int64_t last = (x.first + x.rows - 1) / R;
-  x.keys = a.causal ? most(0, least(a.T, last + x.offset + 1)) : a.T;
+  x.from = a.from(x.first / R);
+  x.to = a.to((x.first + x.rows - 1) / R);
   return x;
 }
 
+// Lanes of one row of scores: -inf but for those from `begin` to before `end`.
+TW_INLINE void keep_lanes(float* scores, int64_t begin, int64_t end) {
+  for (int64_t lane = 0; lane < least(L, begin); ++lane) scores[lane] = -INF;
+  for (int64_t lane = most(0, end); lane < L; ++lane) scores[lane] = -INF;
+}
+
 // Scores [count, L] of keys from j0 on: -inf where a row may not look.  Rows are in query order, so
-// what key j hides from is a prefix of the lanes.
-TW_INLINE void mask_prefix(float* scores, int64_t j0, int64_t count, const Tile& x, int64_t R) {
-  for (int64_t j = 0; j < count; ++j) {
-    const int64_t hidden = least(L, (j0 + j - x.offset) * R - x.first);
-    for (int64_t lane = 0; lane < hidden; ++lane) scores[j * L + lane] = -INF;
-  }
+// those that see key j are neighbours.
+TW_INLINE void mask_rows(const AttentionArgs& a, float* scores, int64_t j0, int64_t count, const Tile& x) {
+  const int64_t R = a.group(), offset = a.T - a.S, last = (x.first + x.rows - 1) / R;
+  if (j0 >= a.from(last) && j0 + count <= a.to(x.first / R)) return;
+  for (int64_t j = j0; j < j0 + count; ++j, scores += L)
+    keep_lanes(scores, (j - offset - a.right) * R - x.first, (j - offset + a.left + 1) * R - x.first);
+}
+
+// What a row of head h starts with: the sink, or nothing.
+TW_INLINE float first_score(const AttentionArgs& a, int64_t h) { return a.sinks ? most(a.sinks[h], LOWEST) : LOWEST; }
+TW_INLINE float first_sum(const AttentionArgs& a) { return a.sinks ? 1.f : 0.f; }
+
+// What the products q . k are multiplied by: the cap takes scores divided by it.
+TW_INLINE float score_factor(const AttentionArgs& a) { return a.softcap != 0.f ? a.scale / a.softcap : a.scale; }
+
+// tanh x and its slope, each within a few ulp: below 0.625 Cephes' polynomial, as (1 - e) / (1 + e)
+// would cancel; above it 4 e / (1 + e)^2, as 1 - tanh^2 would.
+TW_INLINE Vec tanh(Vec x, Vec& slope) {
+  const Vec zero = set1(0.f), one = set1(1.f), size = max(zero - x, x), z = x * x;
+  Vec p = set1(-5.70498872745e-3f);
+  p = fma(p, z, set1(2.06390887954e-2f));
+  p = fma(p, z, set1(-5.37397155531e-2f));
+  p = fma(p, z, set1(1.33314422036e-1f));
+  p = fma(p, z, set1(-3.33332819422e-1f));
+  const Vec small = fma(x, z * p, x), e = exp(set1(-2.f) * size), sum = one + e;
+  const Vec large = (one - e) / sum, near = set1(0.625f) - size;
+  slope = select_positive(near, one - small * small, set1(4.f) * e / (sum * sum));
+  return select_positive(near, small, select_positive(x, large, zero - large));
+}
+
+// Scores that come divided by the cap, [count, L]: capped; slopes [count, L] where they are wanted.
+TW_INLINE void cap(float* scores, float* slopes, int64_t count, int vectors, float softcap) {
+  for (int64_t j = 0; j < count; ++j)
+    for (int c = 0; c < vectors; ++c) {
+      const int64_t at = j * L + c * W;
+      Vec slope;
+      store(scores + at, tanh(load(scores + at), slope) * set1(softcap));
+      if (slopes) store(slopes + at, slope);
+    }
+}
+
+// [count, L] times the slopes.
+TW_INLINE void times(float* x, const float* slopes, int64_t count, int vectors) {
+  for (int64_t j = 0; j < count; ++j)
+    for (int c = 0; c < vectors; ++c) {
+      const int64_t at = j * L + c * W;
+      store(x + at, load(x + at) * load(slopes + at));
+    }
 }
 
 }  // namespace

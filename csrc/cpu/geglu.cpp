@@ -58,17 +58,6 @@ struct GeluErf {
     density = e * set1(0.39894228040143268f);
     return select_positive(g, one - tail, tail);
   }
-  static TW_INLINE Vec select_positive(Vec g, Vec above, Vec below) {
-#if defined(__AVX512F__)
-    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(g.v, _mm512_setzero_ps(), _CMP_GT_OQ), below.v,
-                                 above.v)};
-#elif defined(__AVX2__)
-    return {_mm256_blendv_ps(below.v, above.v,
-                             _mm256_cmp_ps(g.v, _mm256_setzero_ps(), _CMP_GT_OQ))};
-#else
-    return g.v > 0.f ? above : below;
-#endif
-  }
 };
 
 }  // namespace

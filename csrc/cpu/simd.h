@@ -204,6 +204,17 @@ template <class T> TW_INLINE void store_n(T* p, Vec a, int n) {
   for (int i = 0; i < n; ++i) p[i] = from_float<T>(lanes[i]);
 }
 
+// By lane: above where c > 0, else below (so where c is nan).
+TW_INLINE Vec select_positive(Vec c, Vec above, Vec below) {
+#if defined(__AVX512F__)
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(c.v, _mm512_setzero_ps(), _CMP_GT_OQ), below.v, above.v)};
+#elif defined(__AVX2__)
+  return {_mm256_blendv_ps(below.v, above.v, _mm256_cmp_ps(c.v, _mm256_setzero_ps(), _CMP_GT_OQ))};
+#else
+  return c.v > 0.f ? above : below;
+#endif
+}
+
 // e^x within 2 ulp, 0 below -104 (so of -inf too), inf above 88.8, nan of nan.
 TW_INLINE Vec exp(Vec x) {
   // the constant first: max and min return their second operand when either is nan

@@ -1,7 +1,7 @@
 """The public functions: validate, call the operator, autograd.  reference/ has their twins."""
 
 from tilewright.ops.add_rms_norm import add_rms_norm
-from tilewright.ops.attention import attention
+from tilewright.ops.attention import attention, attention_with_lse
 from tilewright.ops.geglu import geglu
 from tilewright.ops.quant_linear import quant_linear
 from tilewright.ops.rms_norm import rms_norm
@@ -11,6 +11,7 @@ from tilewright.ops.swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "attention",
+    "attention_with_lse",
     "geglu",
     "quant_linear",
     "rms_norm",

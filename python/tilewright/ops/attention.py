@@ -20,40 +20,54 @@ def _heads_last(x: Tensor) -> Tensor:
     return x.new_empty(B, S, N, D).transpose(1, 2)
 
 
-def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    return _heads_last(q)
+def _fwd_fake(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
+    left: int, right: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _bwd_fake(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _heads_last(q), _heads_last(k), _heads_last(k)
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
+    left: int, right: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dsinks = q.new_empty(0 if sinks is None else sinks.shape, dtype=torch.float32)
+    return _heads_last(q), _heads_last(k), _heads_last(k), dsinks
 
 
+# left and right: how far back and ahead a query sees, -1 without end.  softcap 0 is none.
+_OPTIONS = "Tensor? sinks, int left, int right, float softcap, float scale"
 _fwd = _op.register(
     "attention",
-    "attention_fwd(Tensor q, Tensor k, Tensor v, bool causal, float scale) -> Tensor",
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
     _fwd_fake,
 )
 _bwd = _op.register(
     "attention",
-    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, bool causal, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.causal, ctx.scale = causal, scale
-        return _fwd(q, k, v, causal, scale)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, sinks)
+        ctx.options = options
+        return _fwd(q, k, v, sinks, *options)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_bwd(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None)
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, sinks = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(q)
+        dq, dk, dv, dsinks = _bwd(dout, dlse, q, k, v, sinks, *ctx.options)
+        return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype), *(None,) * 4
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -89,22 +103,11 @@ def _misfit(q: Tensor, k: Tensor, v: Tensor) -> str:
     return f"q on {q.device}, k on {k.device}, v on {v.device}"
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None
-) -> Tensor:
-    """Scaled dot-product attention, softmax(scale q kᵀ) v.
-
-    q [B, H, S, D], k, v [B, G, T, D] with H a multiple of G -> [B, H, S, D], of q's dtype (any
-    float), lying as [B, S, H, D] so that merging heads is a view.  Any strides; head dims to 256
-    have kernels.  `causal` lets query i see keys j <= i + T - S, as a KV cache needs; a row that
-    sees nothing gives 0, and zero gradients.  `scale` defaults to D ** -0.5.  Under autocast the
-    inputs take its dtype, as F.scaled_dot_product_attention's do.  ValueError on shapes, dtypes or
-    devices that do not fit.  Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
-    """
-    if _direct is not None and q.is_cpu and not torch.compiler.is_compiling():
-        out = _direct(q, k, v, causal, scale)
-        if out is not None:
-            return out
+def _prepared(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: tuple[int, int] | None,
+    softcap: float | None, sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, int, int]:  # fmt: skip
+    """q, k, v as autocast wants them, and how far back and ahead a query sees."""
     device = q.device.type
     if torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
@@ -112,15 +115,95 @@ def attention(
             t.to(low) if t.is_floating_point() and t.dtype != torch.float64 else t
             for t in (q, k, v)
         )
-    if not _fits(q, k, v):
+    if not _fits(q, k, v) or not q.is_floating_point():
         raise ValueError(f"attention: {_misfit(q, k, v)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: softcap must be above 0, not {softcap}")
+    if sinks is not None and not (
+        sinks.shape == (q.size(1),) and sinks.device == q.device and sinks.is_floating_point()
+    ):
+        raise ValueError(
+            f"attention: sinks {tuple(sinks.shape)} {sinks.dtype} on {sinks.device} are not a float a"
+            f" head of q {tuple(q.shape)} on {q.device}"
+        )
+    left, right = (-1, -1) if window is None else window
+    if left < -1 or right < -1:
+        raise ValueError(f"attention: window {window} is not two counts of keys, -1 for all")
+    return q, k, v, left, 0 if causal else right
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """attention, and the natural logarithm of the softmax's denominator, the sink included.
+
+    -> out [B, H, S, D] of q's dtype, lse [B, H, S] of float32 (float64 of float64 inputs), both
+    differentiable: what merges partial attentions over disjoint keys.  A row that sees nothing has
+    lse -inf.  Arguments and errors are attention's.
+    """
+    q, k, v, left, right = _prepared(q, k, v, causal, window, softcap, sinks)
     D = q.size(3)
     if D > MAX_D or not _op.serves("attention", q):
-        if not q.is_floating_point():
-            raise ValueError(f"attention: {_misfit(q, k, v)}")
-        return _op.twin("attention")(q, k, v, causal=causal, scale=scale)
-    if scale is None:
-        scale = D**-0.5
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(q, k, v, causal, scale)
-    return _fwd(q, k, v, causal, scale)
+        twin = _op.twin("attention_with_lse")
+        return twin(q, k, v, window=(left, right), softcap=softcap, sinks=sinks, scale=scale)
+    options = (
+        left,
+        right,
+        0.0 if softcap is None else softcap,
+        D**-0.5 if scale is None else scale,
+    )
+    inputs = (q, k, v, sinks)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _Attention.apply(*inputs, *options)
+    return _fwd(*inputs, *options)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Scaled dot-product attention, softmax(scale q kᵀ) v.
+
+    q [B, H, S, D], k, v [B, G, T, D] with H a multiple of G -> [B, H, S, D], of q's dtype (any
+    float), lying as [B, S, H, D] so that merging heads is a view.  Any strides; head dims to 256
+    have kernels.
+
+    Query i stands at key p = i + T - S, as a KV cache needs.  `causal` lets it see keys up to p;
+    `window` (left, right) those from p - left to p + right, -1 for no end.  A row that sees nothing
+    gives 0, and zero gradients.
+    `scale` defaults to D ** -0.5.  `softcap` c bounds the scaled scores s: c tanh(s / c) (Gemma 2).
+    `sinks` [H], any float dtype, are scores of one more key a head, whose value is 0: they take
+    their share of the softmax (GPT-OSS).  All are differentiable in q, k, v and sinks.
+
+    Under autocast q, k and v take its dtype, as F.scaled_dot_product_attention's do.  ValueError on
+    shapes, dtypes, devices or options that do not fit.  Dao 2023, arXiv:2307.08691, algorithms 1, 2.
+    """
+    if (
+        _direct is not None
+        and window is None
+        and softcap is None
+        and sinks is None
+        and q.is_cpu
+        and not torch.compiler.is_compiling()
+    ):
+        out = _direct(q, k, v, causal, scale)
+        if out is not None:
+            return out
+    return attention_with_lse(
+        q, k, v, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale
+    )[0]

@@ -1,7 +1,7 @@
 """The specification of every op, in eager PyTorch: same names and signatures as ops/."""
 
 from tilewright.reference.add_rms_norm import add_rms_norm
-from tilewright.reference.attention import attention
+from tilewright.reference.attention import attention, attention_with_lse
 from tilewright.reference.geglu import geglu
 from tilewright.reference.quant_linear import quant_linear
 from tilewright.reference.rms_norm import rms_norm
@@ -11,6 +11,7 @@ from tilewright.reference.swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "attention",
+    "attention_with_lse",
     "geglu",
     "quant_linear",
     "rms_norm",

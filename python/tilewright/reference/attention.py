@@ -7,29 +7,82 @@ import torch
 from torch import Tensor
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None
-) -> Tensor:
-    """softmax(scale q kᵀ) v:  q [B, H, S, D], k, v [B, G, T, D] -> [B, H, S, D].
+def hidden_from(
+    S: int, T: int, causal: bool, window: tuple[int, int] | None, device: torch.device
+) -> Tensor | None:
+    """[S, T], true where query i may not see key j; None where each sees all."""
+    left, right = (-1, -1) if window is None else window
+    right = 0 if causal else right
+    if left < 0 and right < 0:
+        return None
+    ahead = torch.arange(T, device=device) - torch.arange(S, device=device)[:, None] - (T - S)
+    hidden = torch.zeros(S, T, dtype=torch.bool, device=device)
+    if right >= 0:
+        hidden |= ahead > right
+    if left >= 0:
+        hidden |= -ahead > left
+    return hidden
 
-    The softmax is at least float32, the products of q's dtype.  Under autocast the inputs take its dtype, as torch's do.
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q kᵀ) v and the log of its denominator:
+
+    q [B, H, S, D], k, v [B, G, T, D] -> [B, H, S, D], [B, H, S].  The softmax is at least float32, the
+    products of q's dtype.  Under autocast the inputs take its dtype, as torch's do.
     """
     device = q.device.type
+    options = {"causal": causal, "window": window, "softcap": softcap, "sinks": sinks}
     if torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
         q, k, v = (t if t.dtype == torch.float64 else t.to(low) for t in (q, k, v))
         with torch.autocast(device, enabled=False):
-            return attention(q, k, v, causal=causal, scale=scale)
+            return attention_with_lse(q, k, v, scale=scale, **options)
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = D**-0.5 if scale is None else scale
     rows = q.reshape(B, G, H // G, S, D)
     scores = (rows @ k.unsqueeze(2).transpose(-1, -2)).to(wide) * scale  # [B, G, H / G, S, T]
-    if causal:
-        hidden = torch.ones(S, T, dtype=torch.bool, device=q.device).triu(T - S + 1)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    hidden = hidden_from(S, T, causal, window, q.device)
+    if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is not None:  # a key of its own score and no value
+        sink = sinks.to(wide).reshape(G, H // G, 1, 1).expand(B, G, H // G, S, 1)
+        scores = torch.cat((scores, sink), -1)
+        probs, lse = scores.softmax(-1)[..., :T], scores.logsumexp(-1)
+    elif hidden is not None:
         blind = hidden.all(-1, keepdim=True)  # a row that sees nothing gives 0, not 0 / 0
-        probs = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(hidden, 0.0)
+        scores = scores.masked_fill(blind, 0.0)
+        probs = scores.softmax(-1).masked_fill(hidden, 0.0)
+        lse = scores.logsumexp(-1).masked_fill(blind[:, 0], -torch.inf)
     else:
-        probs = scores.softmax(-1)
-    return (probs.to(q.dtype) @ v.unsqueeze(2)).reshape(B, H, S, D)
+        probs, lse = scores.softmax(-1), scores.logsumexp(-1)
+    out = (probs.to(q.dtype) @ v.unsqueeze(2)).reshape(B, H, S, D)
+    return out, lse.reshape(B, H, S)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """attention_with_lse's first result."""
+    options = {"causal": causal, "window": window, "softcap": softcap, "sinks": sinks}
+    return attention_with_lse(q, k, v, scale=scale, **options)[0]
