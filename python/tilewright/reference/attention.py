@@ -41,12 +41,13 @@ def attention_with_lse(
     products of q's dtype.  Under autocast the inputs take its dtype, as torch's do.
     """
     device = q.device.type
-    options = {"causal": causal, "window": window, "softcap": softcap, "sinks": sinks}
     if torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
         q, k, v = (t if t.dtype == torch.float64 else t.to(low) for t in (q, k, v))
         with torch.autocast(device, enabled=False):
-            return attention_with_lse(q, k, v, scale=scale, **options)
+            return attention_with_lse(
+                q, k, v, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale
+            )
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = D**-0.5 if scale is None else scale
@@ -84,5 +85,6 @@ def attention(
     scale: float | None = None,
 ) -> Tensor:
     """attention_with_lse's first result."""
-    options = {"causal": causal, "window": window, "softcap": softcap, "sinks": sinks}
-    return attention_with_lse(q, k, v, scale=scale, **options)[0]
+    return attention_with_lse(
+        q, k, v, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale
+    )[0]
