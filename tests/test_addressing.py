@@ -59,13 +59,18 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
         "attention k": (lambda x: ops.attention(q, x, kv), kv, 2),
         "attention v": (lambda x: ops.attention(q, kv, x), kv, 2),
         "attention batch": (lambda x: ops.attention(x, x, x), draw(3, 1, 2, 64), 0),
+        "attention_with_lse k": (
+            lambda x: ops.attention_with_lse(q, x, kv, window=(1, 1), softcap=2.0)[1],
+            kv,
+            2,
+        ),
     }
 
 
 NAMES = (
     "rms_norm", "add_rms_norm", "add_rms_norm residual", "swiglu gate", "swiglu up", "geglu", "rope",
     "rope batch", "quant_linear 4", "quant_linear 8", "attention q", "attention k", "attention v",
-    "attention batch",
+    "attention batch", "attention_with_lse k",
 )  # fmt: skip
 
 
