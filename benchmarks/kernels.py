@@ -30,6 +30,7 @@ SHAPES = {  # as `tilewright inspect` takes them
     "geglu": ("128x4096,packed=1",),
     "rope": ("256x8x128", "256x8x128,interleaved=1"),
     "attention": ("1x4x2x256x256x128", DECODE),
+    "attention_varlen": ("4x4x2x64x128",),
     "quant_linear": ("1x512x512x4", "64x512x512x4", "64x512x512x8"),
 }
 TRAFFIC = ("op", "pass", "sizes", "least bytes", "distinct", "loaded", "stored", "FLOPs of dots")

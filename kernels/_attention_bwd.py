@@ -20,6 +20,7 @@ from ._tile import (
     KEYS,
     LOG2E,
     PLAIN,
+    RANGED,
     Options,
     by_head_dim,
     dense_rows,
@@ -27,8 +28,10 @@ from ._tile import (
     first_score,
     heads_last,
     key,
+    key_range,
     load_rows,
     padded,
+    range_spans,
     scores,
     signature,
     space,
@@ -40,33 +43,19 @@ from ._tune import Config, Tunable, split
 
 
 @triton.jit
-def _still(
-    rows, S, T, left, right,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_SINKS: tl.constexpr,
-):  # fmt: skip
-    """Rows that see one key at most: P = 1 whatever the score, which dP - mean only approaches."""
-    begin, end = rows * 0, rows * 0 + T
-    if LEFT:
-        begin = tl.maximum(rows + T - S - left, 0)
-    if RIGHT:
-        end = tl.minimum(rows + T - S + right + 1, T)
-    return (end - begin <= 1) & (not HAS_SINKS)
-
-
-@triton.jit
 def _dq_step(
     dq, pk, m, l, mean, excess, q, dout,
-    k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, left, right, softcap, scale,
-    HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
+    HEAD_DIM: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, BEGINS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the sums of ds k and p k, and the rows' statistics."""
     cols = start + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, cols, stride_kt, T, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_ptr, cols, stride_vt, T, HEAD_DIM, BLOCK_D)
+    k = load_rows(k_ptr, cols, stride_kt, end, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr, cols, stride_vt, end, HEAD_DIM, BLOCK_D)
     s, slope = scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
     if MASK:
-        seen = visible(rows[:, None], cols[None, :], S, T, left, right, LEFT, RIGHT)
+        seen = visible(cols[None, :], lo[:, None], hi[:, None], BEGINS)
         s = tl.where(seen, s, -float("inf"))
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     top = tl.maximum(m, tl.max(s, 1))
@@ -87,11 +76,11 @@ def _dq_step(
 
 @triton.jit
 def _attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, sinks_ptr, dout_ptr, dlse_ptr, stats_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, sinks_ptr, begin_ptr, end_ptr, dout_ptr, dlse_ptr, stats_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     H, S, T, left, right, softcap, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DLSE: tl.constexpr,
+    RANGES: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DLSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries, and the statistics of their rows for the dk, dv kernel."""
@@ -113,29 +102,34 @@ def _attention_dq_kernel(
     excess = tl.zeros((BLOCK_M,), tl.float32)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     pk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    begin, open, whole, end = spans(first, S, T, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
-    if LEFT:
+    lo, hi = key_range(rows, b, begin_ptr, end_ptr, S, T, left, right, LEFT, RIGHT, RANGES)
+    if RANGES:
+        begin, open, whole, end = range_spans(lo, hi, rows, S, T, BLOCK_N)
+    else:
+        begin, open, whole, end = spans(first, S, T, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+    if LEFT or RANGES:
         for start in range(begin, min(open, end), BLOCK_N):
             dq, pk, m, l, mean, excess = _dq_step(
                 dq, pk, m, l, mean, excess, q, dout,
-                k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, left, right, softcap, scale,
-                HEAD_DIM, LEFT, RIGHT, SOFTCAP, True, BLOCK_N, BLOCK_D,
+                k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
+                HEAD_DIM, SOFTCAP, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     for start in range(open, whole, BLOCK_N):
         dq, pk, m, l, mean, excess = _dq_step(
             dq, pk, m, l, mean, excess, q, dout,
-            k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, left, right, softcap, scale,
-            HEAD_DIM, LEFT, RIGHT, SOFTCAP, False, BLOCK_N, BLOCK_D,
+            k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
+            HEAD_DIM, SOFTCAP, False, LEFT or RANGES, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for start in range(whole, end, BLOCK_N):
         dq, pk, m, l, mean, excess = _dq_step(
             dq, pk, m, l, mean, excess, q, dout,
-            k_ptr, v_ptr, stride_kt, stride_vt, rows, start, S, T, left, right, softcap, scale,
-            HEAD_DIM, LEFT, RIGHT, SOFTCAP, True, BLOCK_N, BLOCK_D,
+            k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
+            HEAD_DIM, SOFTCAP, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
-    norm = 1.0 / divisor(l, rows, S, T, right, RIGHT, HAS_SINKS)
-    still = _still(rows, S, T, left, right, LEFT, RIGHT, HAS_SINKS)
+    norm = 1.0 / divisor(l, lo, hi, HAS_SINKS)
+    # one key at most: P = 1 whatever the score, which dP - mean only approaches
+    still = (hi - lo <= 1) & (not HAS_SINKS)
     drift = tl.where(still, 0.0, excess * norm)
     dq = tl.where(still[:, None], 0.0, dq)
     if HAS_DLSE:
@@ -153,10 +147,10 @@ def _attention_dq_kernel(
 
 @triton.jit
 def _dkv_step(
-    dk, dv, k, v, q_ptr, dout_ptr, stats_ptr,
-    stride_qs, stride_dos, cols, start, S, T, left, right, softcap, scale,
-    HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    dk, dv, k, v, q_ptr, begin_ptr, end_ptr, dout_ptr, stats_ptr,
+    stride_qs, stride_dos, b, cols, start, S, T, left, right, softcap, scale,
+    HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, RANGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of queries into dk and dv; scores are transposed, [keys, queries]."""
     rows = start + tl.arange(0, BLOCK_M)
@@ -169,7 +163,8 @@ def _dkv_step(
     drift = tl.load(stats_ptr + 3 * S, mask=rows < S, other=0.0)
     s, slope = scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, SOFTCAP)
     if MASK:
-        seen = visible(rows[None, :], cols[:, None], S, T, left, right, LEFT, RIGHT)
+        lo, hi = key_range(rows, b, begin_ptr, end_ptr, S, T, left, right, LEFT, RIGHT, RANGES)
+        seen = visible(cols[:, None], lo[None, :], hi[None, :], LEFT or RANGES)
         s = tl.where(seen, s, -float("inf"))
     p = tl.exp2(s - m[None, :]) * tl.abs(norm)[None, :]
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
@@ -181,11 +176,11 @@ def _dkv_step(
 
 @triton.jit
 def _attention_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, begin_ptr, end_ptr, first_ptr, last_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     G, S, T, left, right, softcap, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    RANGES: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys, summed in turn over the GROUP heads that share them."""
@@ -197,9 +192,16 @@ def _attention_dkv_kernel(
     k = load_rows(k_ptr + b * stride_kb + g * stride_kh, cols, stride_kt, T, HEAD_DIM, BLOCK_D)
     v = load_rows(v_ptr + b * stride_vb + g * stride_vh, cols, stride_vt, T, HEAD_DIM, BLOCK_D)
 
-    begin, open, whole, end = spans(first, T, S, right, left, RIGHT, LEFT, BLOCK_N, BLOCK_M)
-    if not LEFT:
-        whole = max(open, end)  # queries past S add nothing and keys past T are not stored: no mask
+    if RANGES:  # who sees a key need not be neighbours: none of their blocks goes unmasked
+        earliest = tl.load(first_ptr + b * T + cols, mask=cols < T, other=S)
+        latest = tl.load(last_ptr + b * T + cols, mask=cols < T, other=0)
+        begin, end = tl.min(earliest, 0) // BLOCK_M * BLOCK_M, tl.max(latest, 0)
+        open, whole = begin, begin
+    else:
+        begin, open, whole, end = spans(first, T, S, right, left, RIGHT, LEFT, BLOCK_N, BLOCK_M)
+        if not LEFT:
+            # queries past S add nothing and keys past T are not stored: no mask
+            whole = max(open, end)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for r in range(GROUP):
@@ -210,22 +212,22 @@ def _attention_dkv_kernel(
         if RIGHT:
             for start in range(begin, min(open, end), BLOCK_M):
                 dk, dv = _dkv_step(
-                    dk, dv, k, v, q_h, dout_h, stats,
-                    stride_qs, H * HEAD_DIM, cols, start, S, T, left, right, softcap, scale,
-                    HEAD_DIM, LEFT, RIGHT, SOFTCAP, True, BLOCK_M, BLOCK_D,
+                    dk, dv, k, v, q_h, begin_ptr, end_ptr, dout_h, stats,
+                    stride_qs, H * HEAD_DIM, b, cols, start, S, T, left, right, softcap, scale,
+                    HEAD_DIM, LEFT, RIGHT, RANGES, SOFTCAP, True, BLOCK_M, BLOCK_D,
                 )  # fmt: skip
         for start in range(open, whole, BLOCK_M):
             dk, dv = _dkv_step(
-                dk, dv, k, v, q_h, dout_h, stats,
-                stride_qs, H * HEAD_DIM, cols, start, S, T, left, right, softcap, scale,
-                HEAD_DIM, LEFT, RIGHT, SOFTCAP, False, BLOCK_M, BLOCK_D,
+                dk, dv, k, v, q_h, begin_ptr, end_ptr, dout_h, stats,
+                stride_qs, H * HEAD_DIM, b, cols, start, S, T, left, right, softcap, scale,
+                HEAD_DIM, LEFT, RIGHT, RANGES, SOFTCAP, False, BLOCK_M, BLOCK_D,
             )  # fmt: skip
-        if LEFT:
+        if LEFT or RANGES:
             for start in range(whole, end, BLOCK_M):
                 dk, dv = _dkv_step(
-                    dk, dv, k, v, q_h, dout_h, stats,
-                    stride_qs, H * HEAD_DIM, cols, start, S, T, left, right, softcap, scale,
-                    HEAD_DIM, LEFT, RIGHT, SOFTCAP, True, BLOCK_M, BLOCK_D,
+                    dk, dv, k, v, q_h, begin_ptr, end_ptr, dout_h, stats,
+                    stride_qs, H * HEAD_DIM, b, cols, start, S, T, left, right, softcap, scale,
+                    HEAD_DIM, LEFT, RIGHT, RANGES, SOFTCAP, True, BLOCK_M, BLOCK_D,
                 )  # fmt: skip
 
     base = (b * T * G + g) * HEAD_DIM  # dk and dv lie as [B, T, G, D]
@@ -257,12 +259,12 @@ DKV = Tunable("attention_dkv", ("attention",), KEYS, _dkv_heuristic, space)
 
 def attention_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
-    left: int, right: int, softcap: float, scale: float,
+    begin: Tensor | None, end: Tensor | None, left: int, right: int, softcap: float, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients dq [B, H, S, D], dk, dv [B, G, T, D], lying as [B, S, H, D] and [B, T, G, D], and
     dsinks [H] of float32 ([0] without sinks)."""
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
-    options = Options(sinks, left, right, softcap, scale)
+    options = Options(sinks, begin, end, left, right, softcap, scale)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     dout = dout.transpose(1, 2).contiguous()
     dq, dk, dv = heads_last(q), heads_last(k), heads_last(k)
@@ -272,19 +274,37 @@ def attention_bwd(
     fixed = {"GROUP": H // G, "HEAD_DIM": D, "BLOCK_D": padded(D), "enable_fp_fusion": True} | flags
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     scalars = (S, T, *options.scalars(S, T))
+    ranges = options.ranges()
     if dq.numel():
         config = DQ(q.device, *key(q, flags))
         _attention_dq_kernel[(triton.cdiv(S, config["BLOCK_M"]), B * H)](
-            q, k, v, None if sinks is None else sinks.contiguous(),
+            q, k, v, None if sinks is None else sinks.contiguous(), *ranges,
             dout, None if dlse is None else dlse.contiguous(), stats, dq,
             *strides, H, *scalars, **sunk, **fixed, **config,
         )  # fmt: skip
     if dk.numel():
         config = DKV(q.device, *key(q, flags))
         _attention_dkv_kernel[(triton.cdiv(T, config["BLOCK_N"]), B * G)](
-            q, k, v, dout, stats, dk, dv, *strides, G, *scalars, **fixed, **config
-        )
+            q, k, v, *ranges, *_queries(ranges, T), dout, stats, dk, dv,
+            *strides, G, *scalars, **fixed, **config,
+        )  # fmt: skip
     return dq, dk, dv, _dsinks(sinks, stats)
+
+
+def _queries(
+    ranges: tuple[Tensor | None, Tensor | None], T: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """For each key [B, T] the first query that may see it, and past the last: the first whose end is
+    beyond it, and the last whose begin is not."""
+    begin, end = ranges
+    if begin is None or end is None:
+        return None, None
+    keys = torch.arange(T, dtype=torch.int32, device=begin.device).expand(begin.size(0), T)
+    ends = end.cummax(1).values
+    begins = begin.flip(1).cummin(1).values.flip(1)
+    first = torch.searchsorted(ends, keys, right=True, out_int32=True)
+    last = torch.searchsorted(begins, keys, right=True, out_int32=True)
+    return first, last
 
 
 def _dsinks(sinks: Tensor | None, stats: Tensor) -> Tensor:
@@ -302,12 +322,20 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
     for dtype in (torch.bfloat16, torch.float32):
         float32 = dict.fromkeys(("dlse", "stats"), torch.float32)
         dq = signature(
-            dict.fromkeys(("q", "k", "v", "sinks", "dout"), dtype) | float32 | {"dq": dtype}
+            dict.fromkeys(("q", "k", "v", "sinks"), dtype)
+            | dict.fromkeys(("begin", "end"), torch.int32)
+            | {"dout": dtype}
+            | float32
+            | {"dq": dtype}
         )
-        inputs = dict.fromkeys(("q", "k", "v", "dout"), dtype) | {"stats": torch.float32}
+        inputs = (
+            dict.fromkeys(("q", "k", "v"), dtype)
+            | dict.fromkeys(("begin", "end", "first", "last"), torch.int32)
+            | {"dout": dtype, "stats": torch.float32}
+        )
         dkv = signature(inputs | {"dk": dtype, "dv": dtype}, "G")
         for D in (64, 128, 256):
-            for flags in (PLAIN, FULL):
+            for flags in (PLAIN, FULL, RANGED):
                 (dq_blocks, dq_options), (dkv_blocks, dkv_options) = (
                     split(heuristic(dtype, D, True, 4096))
                     for heuristic in (_dq_heuristic, _dkv_heuristic)

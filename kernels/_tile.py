@@ -1,7 +1,8 @@
 """What attention's kernels share: tiles of rows, the keys a block of queries sees, launch shapes.
 
 S queries, T keys.  Query i stands at key p = i + T - S and sees keys p - left <= j where LEFT, and
-j <= p + right where RIGHT (causal is right = 0).
+j <= p + right where RIGHT (causal is right = 0); or, under RANGES, those from begin[i] to before
+end[i], whatever p.
 """
 
 from typing import NamedTuple
@@ -35,6 +36,23 @@ def store_rows(ptr, x, rows, stride, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl
 
 
 @triton.jit
+def key_range(
+    rows, b, begin_ptr, end_ptr, S, T, left, right,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, RANGES: tl.constexpr,
+):  # fmt: skip
+    """The keys that rows of batch b see: from lo to before hi, both within the keys there are."""
+    lo, hi = rows * 0, rows * 0 + T
+    if RANGES:
+        lo = tl.load(begin_ptr + b * S + rows, mask=rows < S, other=0)
+        hi = tl.load(end_ptr + b * S + rows, mask=rows < S, other=0)
+    if LEFT:
+        lo = rows + (T - S) - left
+    if RIGHT:
+        hi = rows + (T - S) + right + 1
+    return tl.maximum(lo, 0), tl.minimum(hi, T)
+
+
+@triton.jit
 def spans(
     first, S, T, left, right,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -56,26 +74,30 @@ def spans(
 
 
 @triton.jit
-def visible(rows, cols, S, T, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Which of cols [1, N] rows [M, 1] may look at (either may be transposed)."""
-    seen = cols < T
-    if not (LEFT or RIGHT):
-        seen = seen & (rows < S)  # what rows past S see is not stored: this is for the shape
-    if LEFT:
-        seen = seen & (cols >= rows + (T - S) - left)
-    if RIGHT:
-        seen = seen & (cols <= rows + (T - S) + right)
+def range_spans(lo, hi, rows, S, T, BLOCK_N: tl.constexpr):
+    """spans of rows that see keys from lo to before hi."""
+    begin = tl.min(tl.where(rows < S, lo, T), 0) // BLOCK_N * BLOCK_N
+    open = tl.cdiv(tl.max(tl.where(rows < S, lo, 0), 0), BLOCK_N) * BLOCK_N
+    seen = tl.min(tl.where(rows < S, hi, T), 0)
+    end = tl.max(tl.where(rows < S, hi, 0), 0)
+    return begin, open, max(seen // BLOCK_N * BLOCK_N, open), end
+
+
+@triton.jit
+def visible(cols, lo, hi, BEGINS: tl.constexpr):
+    """Which of cols [1, N] rows may look at that see from lo to before hi [M, 1] (or all transposed).
+    Without BEGINS they see from the first key."""
+    seen = cols < hi
+    if BEGINS:
+        seen = seen & (cols >= lo)
     return seen
 
 
 @triton.jit
-def divisor(l, rows, S, T, right, RIGHT: tl.constexpr, HAS_SINKS: tl.constexpr):
+def divisor(l, lo, hi, HAS_SINKS: tl.constexpr):
     """The sum l to divide by; inf for rows that see no key, which give 0 and not 0 / 0."""
     if not HAS_SINKS:
-        blind = (rows >= S) | (T == 0)
-        if RIGHT:
-            blind = blind | (rows + T - S + right < 0)
-        l = tl.where(blind, float("inf"), l)
+        l = tl.where(lo >= hi, float("inf"), l)
     return l
 
 
@@ -112,7 +134,8 @@ def scores(products, scale, softcap, SOFTCAP: tl.constexpr):
 def first_score(sinks_ptr, h, HAS_SINKS: tl.constexpr):
     """The maximum, in base 2, and the sum that a row of head h starts with."""
     if HAS_SINKS:
-        start, sum = tl.maximum(tl.load(sinks_ptr + h).to(tl.float32) * LOG2E, LOWEST), 1.0
+        start, sum = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E, 1.0
+        start = tl.where(start < LOWEST, LOWEST, start)  # nan stays
     else:
         start, sum = LOWEST, 0.0
     return start, sum
@@ -124,7 +147,7 @@ MOST_ROWS = 4096  # queries from which more make no difference
 
 def key(q: Tensor, flags: dict[str, bool]) -> tuple[torch.dtype, int, bool, int]:
     """What the configurations go by: of q [B, H, S, D] with S > 0."""
-    bounded = flags["LEFT"] or flags["RIGHT"]
+    bounded = flags["LEFT"] or flags["RIGHT"] or flags["RANGES"]
     return q.dtype, padded(q.shape[3]), bounded, bucket(q.shape[2], MOST_ROWS)
 
 
@@ -167,6 +190,8 @@ class Options(NamedTuple):
     """What a call of attention asks of its kernels beside the tensors."""
 
     sinks: Tensor | None
+    begin: Tensor | None  # int32 [B, S] each, or neither
+    end: Tensor | None
     left: int  # -1: without end
     right: int
     softcap: float  # 0: none
@@ -177,9 +202,16 @@ class Options(NamedTuple):
         return {
             "LEFT": 0 <= self.left < T - 1,
             "RIGHT": 0 <= self.right < S - 1,
+            "RANGES": self.begin is not None,
             "SOFTCAP": self.softcap != 0,
             "HAS_SINKS": self.sinks is not None,
         }
+
+    def ranges(self) -> tuple[Tensor | None, Tensor | None]:
+        """begin and end, dense."""
+        if self.begin is None or self.end is None:
+            return None, None
+        return self.begin.contiguous(), self.end.contiguous()
 
     def scalars(self, S: int, T: int) -> tuple[int, int, float, float]:
         """left, right, softcap, scale."""
@@ -188,14 +220,15 @@ class Options(NamedTuple):
         return left, right, self.softcap, self.scale
 
 
-# what variants() compile: causal, and with everything at once
-PLAIN = {"LEFT": False, "RIGHT": True, "SOFTCAP": False, "HAS_SINKS": False}
-FULL = {"LEFT": True, "RIGHT": True, "SOFTCAP": True, "HAS_SINKS": True}
+# what variants() compile: causal; with all that goes together; by ranges
+PLAIN = {"LEFT": False, "RIGHT": True, "RANGES": False, "SOFTCAP": False, "HAS_SINKS": False}
+FULL = {"LEFT": True, "RIGHT": True, "RANGES": False, "SOFTCAP": True, "HAS_SINKS": True}
+RANGED = {"LEFT": False, "RIGHT": False, "RANGES": True, "SOFTCAP": False, "HAS_SINKS": False}
 
 
 def signature(pointers: dict[str, torch.dtype], heads: str = "H") -> dict[str, str]:
     """A kernel's argument types: pointers by name, then the strides of q, k, v, and the scalars."""
-    names = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
     strides = [f"stride_{x}{axis}" for x, row in ("qs", "kt", "vt") for axis in ("b", "h", row)]
     return (
         {f"{name}_ptr": names[dtype] for name, dtype in pointers.items()}

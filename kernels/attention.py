@@ -18,6 +18,7 @@ from ._tile import (
     LN2,
     LOWEST,
     PLAIN,
+    RANGED,
     Options,
     by_head_dim,
     dense_rows,
@@ -25,8 +26,10 @@ from ._tile import (
     first_score,
     heads_last,
     key,
+    key_range,
     load_rows,
     padded,
+    range_spans,
     scores,
     signature,
     space,
@@ -41,33 +44,32 @@ __all__ = ["attention_bwd", "attention_fwd", "variants"]
 
 @triton.jit
 def _fwd_step(
-    acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, start,
-    S, T, left, right, softcap, scale,
-    HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
+    HEAD_DIM: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, BEGINS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the running output, maximum and sum."""
     cols = start + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, cols, stride_kt, T, HEAD_DIM, BLOCK_D)
+    k = load_rows(k_ptr, cols, stride_kt, end, HEAD_DIM, BLOCK_D)
     s, _ = scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
     if MASK:
-        seen = visible(rows[:, None], cols[None, :], S, T, left, right, LEFT, RIGHT)
+        seen = visible(cols[None, :], lo[:, None], hi[:, None], BEGINS)
         s = tl.where(seen, s, -float("inf"))
     top = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - top[:, None])
     alpha = tl.exp2(m - top)
-    v = load_rows(v_ptr, cols, stride_vt, T, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr, cols, stride_vt, end, HEAD_DIM, BLOCK_D)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return acc, top, l * alpha + tl.sum(p, 1)
 
 
 @triton.jit
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, sinks_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, sinks_ptr, begin_ptr, end_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     H, S, T, left, right, softcap, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    RANGES: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head against all the keys they see."""
@@ -85,28 +87,29 @@ def _attention_fwd_kernel(
     m = tl.zeros((BLOCK_M,), tl.float32) + m0
     l = tl.zeros((BLOCK_M,), tl.float32) + l0
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    begin, open, whole, end = spans(first, S, T, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
-    if LEFT:
+    lo, hi = key_range(rows, b, begin_ptr, end_ptr, S, T, left, right, LEFT, RIGHT, RANGES)
+    if RANGES:
+        begin, open, whole, end = range_spans(lo, hi, rows, S, T, BLOCK_N)
+    else:
+        begin, open, whole, end = spans(first, S, T, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
+    if LEFT or RANGES:
         for start in range(begin, min(open, end), BLOCK_N):
             acc, m, l = _fwd_step(
-                acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, start,
-                S, T, left, right, softcap, scale,
-                HEAD_DIM, LEFT, RIGHT, SOFTCAP, True, BLOCK_N, BLOCK_D,
+                acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
+                HEAD_DIM, SOFTCAP, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     for start in range(open, whole, BLOCK_N):
         acc, m, l = _fwd_step(
-            acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, start,
-            S, T, left, right, softcap, scale,
-            HEAD_DIM, LEFT, RIGHT, SOFTCAP, False, BLOCK_N, BLOCK_D,
+            acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
+            HEAD_DIM, SOFTCAP, False, LEFT or RANGES, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for start in range(whole, end, BLOCK_N):
         acc, m, l = _fwd_step(
-            acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, start,
-            S, T, left, right, softcap, scale,
-            HEAD_DIM, LEFT, RIGHT, SOFTCAP, True, BLOCK_N, BLOCK_D,
+            acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
+            HEAD_DIM, SOFTCAP, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
-    out = acc / divisor(l, rows, S, T, right, RIGHT, HAS_SINKS)[:, None]
+    out = acc / divisor(l, lo, hi, HAS_SINKS)[:, None]
     # out lies as [B, S, H, D]
     out_ptr += (b * S * H + h) * HEAD_DIM
     store_rows(out_ptr, out.to(out_ptr.dtype.element_ty), rows, H * HEAD_DIM, S, HEAD_DIM, BLOCK_D)
@@ -129,13 +132,13 @@ FWD = Tunable("attention_fwd", ("attention",), KEYS, _heuristic, space)
 
 
 def attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, begin: Tensor | None, end: Tensor | None,
     left: int, right: int, softcap: float, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q [B, H, S, D], k, v [B, G, T, D], sinks [H] -> out [B, H, S, D], lying as [B, S, H, D], and
-    lse [B, H, S]."""
+    """q [B, H, S, D], k, v [B, G, T, D], sinks [H], begin, end [B, S] of int32 -> out [B, H, S, D],
+    lying as [B, S, H, D], and lse [B, H, S]."""
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
-    options = Options(sinks, left, right, softcap, scale)
+    options = Options(sinks, begin, end, left, right, softcap, scale)
     q, k, v, out = dense_rows(q), dense_rows(k), dense_rows(v), heads_last(q)
     lse = q.new_empty(B, H, S, dtype=torch.float32)
     if lse.numel() == 0:
@@ -143,7 +146,7 @@ def attention_fwd(
     flags = options.flags(S, T)
     config = FWD(q.device, *key(q, flags))
     _attention_fwd_kernel[(triton.cdiv(S, config["BLOCK_M"]), B * H)](
-        q, k, v, None if sinks is None else sinks.contiguous(), out, lse,
+        q, k, v, None if sinks is None else sinks.contiguous(), *options.ranges(), out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         H, S, T, *options.scalars(S, T),
         GROUP=H // G, HEAD_DIM=D, **flags, BLOCK_D=padded(D),
@@ -157,10 +160,12 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         types = signature(
-            dict.fromkeys(("q", "k", "v", "sinks", "out"), dtype) | {"lse": torch.float32}
+            dict.fromkeys(("q", "k", "v", "sinks"), dtype)
+            | dict.fromkeys(("begin", "end"), torch.int32)
+            | {"out": dtype, "lse": torch.float32}
         )
         for D in (64, 128, 256):
-            for S, flags in ((16, PLAIN), (4096, PLAIN), (4096, FULL)):
+            for S, flags in ((16, PLAIN), (4096, PLAIN), (4096, FULL), (4096, RANGED)):
                 fixed = {"GROUP": 4, "HEAD_DIM": D, **flags, "BLOCK_D": D}
                 blocks, options = split(_heuristic(dtype, D, True, S))
                 found.append((_attention_fwd_kernel, types, fixed | blocks, options))

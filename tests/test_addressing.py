@@ -44,6 +44,7 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
     cos, sin = torch.rand(4, 32).bfloat16(), torch.rand(4, 32).bfloat16()
     w4, w8 = quantised(4), quantised(8)
     q, kv = draw(1, 2, 3, 64), draw(1, 2, 3, 64)
+    packed, cu = draw(3, 2, 64), torch.tensor([0, 1, 3])
     return {
         "rms_norm": (lambda x: ops.rms_norm(x, weight), row, 0),
         "add_rms_norm": (lambda x: ops.add_rms_norm(x, wide, weight)[0], row, 0),
@@ -59,6 +60,16 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
         "attention k": (lambda x: ops.attention(q, x, kv), kv, 2),
         "attention v": (lambda x: ops.attention(q, kv, x), kv, 2),
         "attention batch": (lambda x: ops.attention(x, x, x), draw(3, 1, 2, 64), 0),
+        "attention_varlen q": (
+            lambda x: ops.attention_varlen(x, x[:, :1], x[:, :1], cu),
+            draw(3, 2, 64),
+            0,
+        ),
+        "attention_varlen_with_lse k": (
+            lambda x: ops.attention_varlen_with_lse(packed, x, x, cu, causal=True)[1],
+            draw(3, 1, 64),
+            0,
+        ),
         "attention_with_lse k": (
             lambda x: ops.attention_with_lse(q, x, kv, window=(1, 1), softcap=2.0)[1],
             kv,
@@ -70,7 +81,7 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
 NAMES = (
     "rms_norm", "add_rms_norm", "add_rms_norm residual", "swiglu gate", "swiglu up", "geglu", "rope",
     "rope batch", "quant_linear 4", "quant_linear 8", "attention q", "attention k", "attention v",
-    "attention batch", "attention_with_lse k",
+    "attention batch", "attention_with_lse k", "attention_varlen q", "attention_varlen_with_lse k",
 )  # fmt: skip
 
 

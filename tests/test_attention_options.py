@@ -128,6 +128,16 @@ def test_rows_that_see_nothing(S, sink, device):
         assert torch.equal(dsinks, torch.full_like(dsinks, blind))
 
 
+@pytest.mark.parametrize("S", [7, 60], ids=["decode", "blocked"])
+def test_rows_that_see_nothing_but_a_sink_of_nothing(S, device):
+    inputs = drawn(device, (1, 4, 2, S, 3, 16))
+    sinks = torch.full((4,), -torch.inf, device=device, requires_grad=True)
+    out, lse = ops.attention_with_lse(*inputs, causal=True, sinks=sinks)
+    assert not out[:, :, : S - 3].any() and (lse[:, :, : S - 3] == -torch.inf).all()
+    for grad in torch.autograd.grad((out.sum(), lse[:, :, S - 3 :].sum()), (*inputs, sinks)):
+        assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("S", [2, 20], ids=["decode", "blocked"])
 def test_sinks_that_are_no_sinks(S, device):
     """At -inf a sink takes nothing; beside scores of -1000 it takes all."""
@@ -222,7 +232,7 @@ def test_opcheck(layout, device):
     if layout == "permuted":
         q, k, v, dout = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v, dout))
         dlse = dlse.mT.contiguous().mT
-    options = (sinks, 3, 1, 2.0, 0.25)
+    options = (sinks, None, None, 3, 1, 2.0, 0.25)
     torch.library.opcheck(fwd, (q, k, v, *options))
     torch.library.opcheck(bwd, (dout, dlse, q, k, v, *options))
 

@@ -29,6 +29,7 @@ SHARED = {"_native", "_op", "quant_tensor", "testing"}
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),
     "quant_tensor": (set(), BASE),
+    "masks": (set(), BASE),
     "reference": ({"quant_tensor"}, BASE),
     "_native": ({"_C"}, BASE),
     "_op": ({"_native", "reference", "kernels", "lab"}, BASE),  # lab: under the interpreter
@@ -42,7 +43,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "lab": ({"kernels"}, BASE | {"numpy", "triton"}),
     "doctor": ({"", "_native"}, BASE),
-    "": ({"models", "nn", "ops", "quant", *SHARED}, BASE),  # __init__.py
+    "": ({"masks", "models", "nn", "ops", "quant", *SHARED}, BASE),  # __init__.py
 }
 # These stand on top: any part but each other, any package of their extra.
 TOP = {"bench", "cli", "interop"}
@@ -56,7 +57,12 @@ TOLD_IN = {
     "tests": "tests/test_{}.py",
     "benchmarks": "benchmarks/bench_{}.py",
 }
-INSTEAD: dict[tuple[str, str], str] = {}
+# attention_varlen is attention's operators on ranges of keys
+INSTEAD: dict[tuple[str, str], str] = {
+    ("attention_varlen", "kernels"): "kernels/attention.py",
+    ("attention_varlen", "cpu"): "csrc/cpu/attention.cpp",
+    ("attention_varlen", "bind"): "csrc/bind/attention.cpp",
+}
 
 
 def tracked(*patterns: str) -> list[Path]:

@@ -5,6 +5,7 @@ A layout is any order of the dimensions in memory, any of them stepped over or e
 any offset: what views of views come to.  `--hypothesis-profile=full` draws more.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -156,6 +157,9 @@ def test_attention_sees_layouts_alike(data: st.DataObject, dtype: torch.dtype):
         "softcap": draw(st.sampled_from([None, None, 0.5, 30.0])),
         "sinks": sinks,
     }
+    if draw(st.booleans()):
+        begin = torch.randint(-3, T + 3, (draw(st.sampled_from([1, B])), S))
+        kwargs["ranges"] = begin, begin + torch.randint(-2, T + 3, (S,))
     before = bits([*inputs, sinks])
     found = run(ops.attention_with_lse, inputs, kwargs)
     assert same(before, bits([*inputs, sinks]))
@@ -169,6 +173,37 @@ def test_attention_sees_layouts_alike(data: st.DataObject, dtype: torch.dtype):
     # a few rows are too few, and rows of one number that may cancel: eager's worst may by luck be good
     if truth.shape[:3].numel() >= 32 and D >= 8:
         assert_within(found[0], eager, truth, torch.finfo(dtype).eps, "out")
+
+
+@given(data=st.data(), dtype=DTYPES)
+def test_packed_sequences_are_each_attention(data: st.DataObject, dtype: torch.dtype):
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    group, D = draw(st.integers(1, 3)), draw(st.sampled_from([8, 33]))
+    lengths = draw(
+        st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=4)
+    )
+    starts = torch.tensor([(0, 0), *lengths]).cumsum(0)
+    queries, keys = (int(n) for n in starts[-1])
+    shapes = [(queries, 2 * group, D), (keys, 2, D), (keys, 2, D)]
+    inputs = [rounded(laid_out(draw, shape), dtype) for shape in shapes]
+    kwargs = {"causal": draw(st.booleans()), "softcap": draw(st.sampled_from([None, 2.0]))}
+    cu = starts.T.contiguous().unbind()
+    with torch.no_grad():
+        found = ops.attention_varlen(*inputs, *cu, **kwargs)
+        for (a, c), (b, d) in itertools.pairwise(starts.tolist()):
+            q, k, v = (
+                x[i:j].transpose(0, 1)[None].float()
+                for x, i, j in zip(inputs, (a, c, c), (b, d, d), strict=True)
+            )
+            truth, eager = (
+                reference.attention(*(x.to(kind) for x in (q, k, v)), **kwargs)[0].transpose(0, 1)
+                for kind in (torch.float64, dtype)
+            )
+            if truth.shape[:2].numel() >= 32:
+                assert_within(
+                    found[a:b].double(), eager.double(), truth, torch.finfo(dtype).eps, "out"
+                )
 
 
 @given(data=st.data(), dtype=DTYPES)
@@ -201,7 +236,8 @@ def test_quant_linear_on_any_layout(data: st.DataObject, dtype: torch.dtype):
 
 
 def test_every_op_is_drawn():
-    assert sorted([*OPS, "attention", "attention_with_lse", "quant_linear"]) == sorted(ops.__all__)
+    family = [f"attention{kind}{more}" for kind in ("", "_varlen") for more in ("", "_with_lse")]
+    assert sorted([*OPS, *family, "quant_linear"]) == sorted(ops.__all__)
 
 
 def double(*shape: int) -> Tensor:

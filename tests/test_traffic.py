@@ -6,6 +6,7 @@ loaded again is a formula in the sizes and the tile's shape, here beside the op.
 visits tiles outside its mask exceeds both its loads and its FLOPs.
 """
 
+import itertools
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
@@ -84,6 +85,44 @@ def attention_flops(e: int, *, B: int, H: int, G: int, S: int, T: int, D: int) -
     return B * H * sum(visited) * m * d * 4
 
 
+def documents(N: int, S: int) -> tuple[list[int], list[int]]:
+    """Of each packed query the first key it sees, and past the last, causal."""
+    starts = definition("attention_varlen").starts_of(N, S)
+    begins = [a for a, b in itertools.pairwise(starts) for _ in range(a, b)]
+    return begins, list(range(1, N * S + 1))
+
+
+def spans(begins: list[int], ends: list[int], block: int, tile: int) -> list[tuple[int, int]]:
+    """Of each block of queries the keys in the tiles it meets: from a whole tile on, to the last key
+    that a tile holds."""
+    found = []
+    for i in range(0, len(begins), block):
+        begin = min(begins[i : i + block]) // tile * tile
+        end = max(ends[i : i + block])
+        found.append((begin, begin + ceil((end - begin) / tile) * tile))
+    return found
+
+
+def varlen_spans(e: int, N: int, S: int, D: int) -> tuple[int, int, list[tuple[int, int]]]:
+    from tilewright.kernels._tile import padded
+    from tilewright.kernels.attention import FWD
+
+    config = FWD.heuristic(FP32 if e == 4 else BF16, padded(D), True, power(N * S))
+    m, n = config["BLOCK_M"], config["BLOCK_N"]
+    return m, padded(D), spans(*documents(N, S), m, n)
+
+
+def varlen_loads(e: int, *, N: int, H: int, G: int, S: int, D: int) -> int:
+    *_, met = varlen_spans(e, N, S, D)
+    keys = sum(min(end, N * S) - begin for begin, end in met)
+    return H * ((N * S + 2 * keys) * D * e + 8 * N * S)  # of a query, where its keys begin and end
+
+
+def varlen_flops(e: int, *, N: int, H: int, G: int, S: int, D: int) -> int:
+    m, d, met = varlen_spans(e, N, S, D)
+    return 4 * H * sum(end - begin for begin, end in met) * m * d
+
+
 def quant_tiles(e: int, M: int, N: int, K: int) -> dict[str, int]:
     from tilewright.kernels import quant_linear as q
 
@@ -137,6 +176,14 @@ CASES = {
         attention_loads,
         attention_flops,
     ),
+    "attention_varlen": (
+        (
+            {"N": 3, "H": 2, "G": 1, "S": 70, "D": 64},
+            {"N": 5, "H": 2, "G": 2, "S": 40, "D": 48},
+        ),
+        varlen_loads,
+        varlen_flops,
+    ),
     "quant_linear": (
         (
             {"M": 1, "N": 40, "K": 192, "bits": 4},
@@ -147,11 +194,12 @@ CASES = {
         quant_flops,
     ),
 }
-# forwards that store one float32 a row: how many rows
+# four bytes that a forward tells of its rows, or is told: how many
 TOLD = {
     "rms_norm": lambda M, N: M,
     "add_rms_norm": lambda M, N: M,
     "attention": lambda B, H, S, **_: B * H * S,
+    "attention_varlen": lambda N, H, S, **_: N * S * (H + 2),
 }
 
 
@@ -246,6 +294,32 @@ def attention_backward(
     return again + 2 * stats, loaded, (B * H * S + 2 * B * G * T) * D * e + stats, flops
 
 
+def varlen_backward(e: int, *, N: int, H: int, G: int, S: int, D: int) -> tuple[int, int, int, int]:
+    from tilewright.kernels._attention_bwd import DKV, DQ
+    from tilewright.kernels._tile import padded
+
+    T, d = N * S, padded(D)
+    key = FP32 if e == 4 else BF16, d, True, power(T)
+    dq, dkv = DQ.heuristic(*key), DKV.heuristic(*key)
+    begins, ends = documents(N, S)
+    stats = 4 * 4 * H * T
+    m, n = dq["BLOCK_M"], dq["BLOCK_N"]
+    met = spans(begins, ends, m, n)
+    keys = sum(min(end, T) - begin for begin, end in met)
+    loaded = H * ((2 * T + 2 * keys) * D * e + 8 * T)
+    flops = 8 * H * sum(end - begin for begin, end in met) * m * d
+    m, n = dkv["BLOCK_M"], dkv["BLOCK_N"]
+    # a key is seen from its own query on, to its document's last
+    lasts = [max(i for i in range(T) if begins[i] == begins[j]) + 1 for j in range(T)]
+    met = spans(list(range(T)), lasts, n, m)
+    rows = sum(min(end, T) - begin for begin, end in met)
+    loaded += 2 * G * T * D * e + 8 * G * T + H * rows * (2 * D * e + 16 + 8)
+    flops += 8 * H * sum(end - begin for begin, end in met) * n * d
+    again = (2 * H * T + 2 * G * T) * D * e
+    # both kernels ask of a query where its keys begin and end, one of a key which queries see it
+    return again + 2 * stats + 24 * T, loaded, (H * T + 2 * G * T) * D * e + stats, flops
+
+
 BACKWARD: dict[str, tuple[tuple[dict[str, Any], ...], Callable[..., tuple[int, int, int, int]]]]
 BACKWARD = {
     "rms_norm": (NORM[:2], norm_backward(2)),
@@ -255,6 +329,7 @@ BACKWARD = {
     "rope": (CASES["rope"][0], rope_backward),
     "quant_linear": (CASES["quant_linear"][0], quant_backward),
     "attention": (CASES["attention"][0], attention_backward),
+    "attention_varlen": (CASES["attention_varlen"][0], varlen_backward),
 }
 
 

@@ -36,16 +36,28 @@ Tensor empty_like_heads(const Tensor& x) {
 
 // How a call of attention differs from softmax(q kᵀ) v, as the operators take it.
 struct Options {
-  int64_t left, right;  // -1: without end
+  Tensor sinks, begin, end;  // dense, undefined where there is none
+  int64_t left, right;       // -1: without end
   double softcap;       // 0: none
   double scale;
 };
 
-// Dense float32, whose address the arguments take; undefined where there is none.
-Tensor floats(const std::optional<Tensor>& x) { return x ? x->to(at::kFloat).contiguous() : Tensor(); }
+// Whose address the arguments take.
+Tensor dense(const std::optional<Tensor>& x, at::ScalarType dtype = at::kFloat) {
+  return x ? x->to(dtype).contiguous() : Tensor();
+}
 
-AttentionArgs arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sinks,
-                        const Options& o) {
+// The first key that any query sees.
+int64_t earliest(const AttentionArgs& a) {
+  if (a.begin == nullptr) return a.S ? std::min(a.from(0, 0), a.T) : 0;
+  int64_t first = a.T;
+  for (int64_t b = 0; b < a.B; ++b)
+    for (int64_t i = 0; i < a.S; ++i)
+      if (a.from(b, i) < a.to(b, i)) first = std::min(first, a.from(b, i));
+  return first;
+}
+
+AttentionArgs arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() && k.size(0) == q.size(0) &&
                         k.size(3) == q.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
                     op, ": q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), " do not fit");
@@ -54,12 +66,20 @@ AttentionArgs arguments(const char* op, const Tensor& q, const Tensor& k, const 
   AttentionArgs a{};
   a.q = view(q), a.k = view(k), a.v = view(v);
   a.B = q.size(0), a.H = q.size(1), a.G = k.size(1), a.S = q.size(2), a.T = k.size(2), a.D = q.size(3);
-  TORCH_CHECK_VALUE(!sinks.defined() || (sinks.dim() == 1 && sinks.size(0) == a.H), op, ": sinks of another size than ",
-                    a.H, " heads");
-  a.sinks = sinks.defined() ? sinks.const_data_ptr<float>() : nullptr;
+  TORCH_CHECK_VALUE(!o.sinks.defined() || (o.sinks.dim() == 1 && o.sinks.size(0) == a.H), op,
+                    ": sinks of another size than ", a.H, " heads");
+  a.sinks = o.sinks.defined() ? o.sinks.const_data_ptr<float>() : nullptr;
+  TORCH_CHECK_VALUE(o.begin.defined() == o.end.defined(), op, ": begin and end come together");
+  if (o.begin.defined()) {
+    for (const Tensor& x : {o.begin, o.end})
+      TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) == a.B && x.size(1) == a.S, op, ": ranges ", x.sizes(),
+                        " do not fit q ", q.sizes());
+    a.begin = o.begin.const_data_ptr<int32_t>(), a.end = o.end.const_data_ptr<int32_t>();
+  }
   const int64_t all = a.S + a.T;
   a.left = o.left < 0 ? all : std::min(o.left, all), a.right = o.right < 0 ? all : std::min(o.right, all);
   a.softcap = float(o.softcap), a.scale = float(o.scale), a.dtype = dtype_of(q, op, "q");
+  a.earliest = earliest(a);
   return a;
 }
 
@@ -78,13 +98,15 @@ void run(Kernel kernel, const AttentionArgs& a, int64_t items, int64_t each, int
 bool is_decode(const AttentionArgs& a) { return a.S <= 8 && a.S * a.group() <= 64; }
 
 // The keys a query meets at the most.
-int64_t span(const AttentionArgs& a) { return std::min(a.T, a.left + a.right + 1); }
+int64_t span(const AttentionArgs& a) { return a.begin ? a.T : std::min(a.T, a.left + a.right + 1); }
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_,
-                                         const std::optional<Tensor>& sinks_, int64_t left, int64_t right,
+                                         const std::optional<Tensor>& sinks, const std::optional<Tensor>& begin,
+                                         const std::optional<Tensor>& end, int64_t left, int64_t right,
                                          double softcap, double scale) {
-  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), sinks = floats(sinks_);
-  AttentionArgs a = arguments("attention", q, k, v, sinks, {left, right, softcap, scale});
+  const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
+  const Options options{dense(sinks), dense(begin, at::kInt), dense(end, at::kInt), left, right, softcap, scale};
+  AttentionArgs a = arguments("attention", q, k, v, options);
   const Tensor out = empty_like_heads(q);
   const Tensor lse = at::detail::empty_cpu({a.B, a.H, a.S}, at::kFloat);
   if (out.numel() == 0) return {out, lse};
@@ -129,10 +151,12 @@ Tensor sink_gradient(const AttentionArgs& a) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout_, const std::optional<Tensor>& dlse_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
-    const std::optional<Tensor>& sinks_, int64_t left, int64_t right, double softcap, double scale) {
+    const std::optional<Tensor>& sinks, const std::optional<Tensor>& begin, const std::optional<Tensor>& end,
+    int64_t left, int64_t right, double softcap, double scale) {
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), dout = dense_rows(dout_);
-  const Tensor sinks = floats(sinks_), dlse = floats(dlse_);
-  AttentionArgs a = arguments("attention_bwd", q, k, v, sinks, {left, right, softcap, scale});
+  const Tensor dlse = dense(dlse_);
+  const Options options{dense(sinks), dense(begin, at::kInt), dense(end, at::kInt), left, right, softcap, scale};
+  AttentionArgs a = arguments("attention_bwd", q, k, v, options);
   TORCH_CHECK_VALUE(!dlse.defined() || dlse.numel() == a.B * a.H * a.S, "attention_bwd: dlse ", dlse.sizes(),
                     " does not fit q ", q.sizes());
   a.dlse = dlse.defined() ? dlse.const_data_ptr<float>() : nullptr;
@@ -148,13 +172,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     run(TW_PICK(attention_dq), a, a.B * a.G * a.row_tiles(), each * span(a), a.blocked_scratch());
   if (dk.numel())
     run(TW_PICK(attention_dkv), a, a.B * a.G * a.key_tiles(),
-        each * std::min(a.S, a.left + a.right + 1) * a.group(), a.blocked_scratch());
+        each * (a.begin ? a.S : std::min(a.S, a.left + a.right + 1)) * a.group(), a.blocked_scratch());
   return {dq, dk, dv, sink_gradient(a)};
 }
 
 Tensor call_fwd(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale) {
   static const auto op = operator_of("attention_fwd", &attention_fwd);
-  return std::get<0>(op.call(q, k, v, std::nullopt, -1, causal ? 0 : -1, 0.0, scale));
+  return std::get<0>(op.call(q, k, v, std::nullopt, std::nullopt, std::nullopt, -1, causal ? 0 : -1, 0.0, scale));
 }
 
 struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
@@ -170,8 +194,8 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     return once_differentiable(dout, [&]() -> variable_list {
       const variable_list saved = ctx->get_saved_variables();
       const int64_t right = ctx->saved_data["causal"].toBool() ? 0 : -1;
-      const auto [dq, dk, dv, dsinks] = op.call(dout[0], std::nullopt, saved[0], saved[1], saved[2], std::nullopt, -1,
-                                                right, 0.0, ctx->saved_data["scale"].toDouble());
+      const auto [dq, dk, dv, dsinks] = op.call(dout[0], std::nullopt, saved[0], saved[1], saved[2], std::nullopt,
+                                                std::nullopt, std::nullopt, -1, right, 0.0, ctx->saved_data["scale"].toDouble());
       const Tensor none;
       return {dq, dk, dv, none, none};
     });

@@ -63,7 +63,7 @@ template <class T> void prefill_tile(const AttentionArgs& a, int64_t item, float
     const Rows k = stage(at<T>(a.k, x.b, x.g, j), a.k.row, count, D, k_space);
     gemm<true, SET>(k.data, k.stride, qt, scores, count, D, x.vectors, {score_factor(a)});
     if (a.softcap != 0.f) cap(scores, nullptr, count, x.vectors, a.softcap);
-    mask_rows(a, scores, j, count, x);
+    mask_rows(scores, j, count, x);
     softmax_step(scores, count, x.vectors, m, l, alpha);
     const Rows v = stage(at<T>(a.v, x.b, x.g, j), a.v.row, count, D, v_space);
     gemm<false, RESCALE>(v.data, v.stride, scores, ot, D, count, x.vectors, {1.f, alpha});
@@ -71,7 +71,7 @@ template <class T> void prefill_tile(const AttentionArgs& a, int64_t item, float
   for (int lane = 0; lane < x.rows; ++lane) {
     const int64_t row = x.first + lane, i = row / R;
     const int64_t h = x.g * R + row % R;
-    transpose_out(ot, at<T>(a.out, x.b, h, i), lane, D, a.blind(i) ? 0.f : 1.f / l[lane], k_space);
+    transpose_out(ot, at<T>(a.out, x.b, h, i), lane, D, a.blind(x.b, i) ? 0.f : 1.f / l[lane], k_space);
     a.lse[(x.b * a.H + h) * a.S + i] = lse_of(m[lane], l[lane]);
   }
 }
@@ -191,8 +191,10 @@ template <class T> TW_INLINE void store_row(const float* from, T* to, int64_t D,
 
 template <int RB, class T>
 void decode_rows(const AttentionArgs& a, int64_t b, int64_t g, int64_t c, int64_t row, float* q, float* scores) {
-  const int64_t R = a.group(), D = a.D, Dp = a.padded(), j0 = a.from(0) + c * CHUNK;
-  const int64_t count = most(0, least(a.to((row + RB - 1) / R) - j0, CHUNK));
+  const int64_t R = a.group(), D = a.D, Dp = a.padded(), j0 = a.earliest + c * CHUNK;
+  int64_t last = 0;
+  for (int r = 0; r < RB; ++r) last = most(last, a.to(b, (row + r) / R));
+  const int64_t count = most(0, least(last - j0, CHUNK));
   const int64_t vectors = (count + W - 1) / W * W;
   for (int r = 0; r < RB; ++r) {
     const T* from = at<T>(a.q, b, g * R + (row + r) % R, (row + r) / R);
@@ -210,10 +212,9 @@ void decode_rows(const AttentionArgs& a, int64_t b, int64_t g, int64_t c, int64_
       const Vec score = load(s + j) * set1(score_factor(a));
       store(s + j, a.softcap != 0.f ? tanh(score, slope) * set1(a.softcap) : score);
     }
-    for (int64_t j = 0; j < least(a.from(i) - j0, vectors); ++j) s[j] = -INF;
-    for (int64_t j = most(0, least(a.to(i) - j0, count)); j < vectors; ++j) s[j] = -INF;
-    // the first chunk meets the sink
-    const float start = c == 0 ? first_score(a, g * R + (row + r) % R) : LOWEST;
+    for (int64_t j = 0; j < least(a.from(b, i) - j0, vectors); ++j) s[j] = -INF;
+    for (int64_t j = most(0, least(a.to(b, i) - j0, count)); j < vectors; ++j) s[j] = -INF;
+    const float start = first_score(a, g * R + (row + r) % R);  // its sum is the first chunk's
     Vec top = set1(start), sum = set1(0.f);
     for (int64_t j = 0; j < vectors; j += W) top = max(top, load(s + j));
     m[r] = reduce_max(top);
@@ -232,7 +233,7 @@ void decode_rows(const AttentionArgs& a, int64_t b, int64_t g, int64_t c, int64_
       part[0] = m[r], part[1] = l[r];
       store_row(q + r * Dp, part + 2, D, 1.f);
     } else {
-      store_row(q + r * Dp, at<T>(a.out, b, h, i), D, a.blind(i) ? 0.f : 1.f / l[r]);
+      store_row(q + r * Dp, at<T>(a.out, b, h, i), D, a.blind(b, i) ? 0.f : 1.f / l[r]);
       a.lse[(b * a.H + h) * a.S + i] = lse_of(m[r], l[r]);
     }
   }
@@ -270,7 +271,7 @@ template <class T> void combine_row(const AttentionArgs& a, int64_t item) {
       for (; d < D + 2; ++d) first[d] += part[d] * weight;
     }
   }
-  store_row(first + 2, at<T>(a.out, b, h, i), D, a.blind(i) ? 0.f : 1.f / sum);
+  store_row(first + 2, at<T>(a.out, b, h, i), D, a.blind(b, i) ? 0.f : 1.f / sum);
   a.lse[(b * a.H + h) * a.S + i] = lse_of(top, sum);
 }
 

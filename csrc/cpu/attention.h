@@ -30,8 +30,10 @@ struct AttentionArgs {
   AttentionRows rows;              // backward only: dq writes it, so it runs before dkv
   float* partial;  // decode with more than one chunk: [B, G, chunks, S * R, D + 2]
   const float* sinks;  // [H] or null: scores of a key more, whose value is 0
+  const int32_t *begin, *end;  // [B, S] or null: query i sees keys begin[i] .. end[i] - 1,
+  int64_t left, right;         // or where null i + T - S - left .. i + T - S + right
+  int64_t earliest;            // the first key that any query sees
   int64_t B, H, G, S, T, D;
-  int64_t left, right;  // query i sees keys i + T - S - left .. i + T - S + right
   float softcap;        // 0: none
   float scale;
   DType dtype;
@@ -40,15 +42,21 @@ struct AttentionArgs {
   int64_t padded() const { return (D + 15) / 16 * 16; }
   int64_t row_tiles() const { return (S * group() + ATTENTION_LANES - 1) / ATTENTION_LANES; }
   int64_t key_tiles() const { return (T + ATTENTION_LANES - 1) / ATTENTION_LANES; }
-  // The keys that query i sees: from `from` to before `to`.
-  int64_t from(int64_t i) const { const int64_t j = i + T - S - left; return j > 0 ? j : 0; }
-  int64_t to(int64_t i) const { const int64_t j = i + T - S + right + 1; return j < 0 ? 0 : j < T ? j : T; }
+  // The keys that query i of batch b sees: from `from` to before `to`.
+  int64_t from(int64_t b, int64_t i) const {
+    const int64_t j = begin ? begin[b * S + i] : i + T - S - left;
+    return j > 0 ? j : 0;
+  }
+  int64_t to(int64_t b, int64_t i) const {
+    const int64_t j = end ? end[b * S + i] : i + T - S + right + 1;
+    return j < 0 ? 0 : j < T ? j : T;
+  }
   int64_t chunks() const {
-    const int64_t keys = T - from(0);
+    const int64_t keys = T - earliest;
     return keys > 0 ? (keys + ATTENTION_CHUNK - 1) / ATTENTION_CHUNK : 1;
   }
   // Whether query i sees no key, nor a sink: then its output and gradients are 0, and not 0 / 0.
-  bool blind(int64_t i) const { return sinks == nullptr && to(i) <= from(i); }
+  bool blind(int64_t b, int64_t i) const { return sinks == nullptr && to(b, i) <= from(b, i); }
   // floats of scratch each thread needs
   int64_t blocked_scratch() const {
     return 4 * (ATTENTION_LANES + ATTENTION_BLOCK) * (padded() + ATTENTION_LANES);

@@ -76,7 +76,7 @@ template <class T> void dq_tile(const AttentionArgs& a, int64_t item, float* scr
     gemm<true, SET>(k.data, k.stride, qt, p, count, D, x.vectors, {score_factor(a)});
     gemm_in_parts(v.data, v.stride, dot, ds, count, D, x.vectors);
     if (a.softcap != 0.f) cap(p, slopes, count, x.vectors, a.softcap);
-    mask_rows(a, p, j, count, x);
+    mask_rows(p, j, count, x);
     statistics_step(p, ds, count, x.vectors, stats);
     if (a.softcap != 0.f) {
       times(p, slopes, count, x.vectors);
@@ -88,7 +88,7 @@ template <class T> void dq_tile(const AttentionArgs& a, int64_t item, float* scr
   }
   for (int lane = 0; lane < x.rows; ++lane) {
     const int64_t row = x.first + lane, h = x.g * R + row % R, i = row / R, flat = (x.b * a.H + h) * a.S + i;
-    const float norm = a.blind(i) ? 0.f : 1.f / stats.l[lane];
+    const float norm = a.blind(x.b, i) ? 0.f : 1.f / stats.l[lane];
     const float drift = stats.excess[lane] * norm - (a.dlse ? a.dlse[flat] : 0.f);
     for (int64_t d = 0; d < D; ++d) dqt[d * L + lane] -= drift * pkt[d * L + lane];
     transpose_out(dqt, at<T>(a.dq, x.b, h, i), lane, D, a.scale * norm, k_space);
@@ -113,6 +113,13 @@ TW_INLINE void score_gradient(float* p, float* ds, int64_t count, int vectors, c
   }
 }
 
+// Whether any of queries i .. i + count - 1 sees one of keys first .. first + keys - 1.
+TW_INLINE bool meets(const AttentionArgs& a, int64_t b, int64_t i, int64_t count, int64_t first, int64_t keys) {
+  for (int64_t r = i; r < i + count; ++r)
+    if (most(first, a.from(b, r)) < least(first + keys, a.to(b, r))) return true;
+  return false;
+}
+
 // Keys in the lanes, queries broadcast: dK and dV of L keys, summed over the heads that share them.
 template <class T> void dkv_tile(const AttentionArgs& a, int64_t item, float* scratch) {
   const int64_t R = a.group(), D = a.D, n = a.key_tiles(), bg = item / n, b = bg / a.G, g = bg % a.G;
@@ -127,17 +134,19 @@ template <class T> void dkv_tile(const AttentionArgs& a, int64_t item, float* sc
     transpose_in(at<T>(a.k, b, g, first + lane), kt, lane, D);
     transpose_in(at<T>(a.v, b, g, first + lane), vt, lane, D);
   }
-  // the queries that see a key
-  const int64_t start = most(0, first - offset - a.right), stop = least(a.S, first + keys - offset + a.left);
+  // the queries that may see a key
+  const int64_t start = a.begin ? 0 : most(0, first - offset - a.right);
+  const int64_t stop = a.begin ? a.S : least(a.S, first + keys - offset + a.left);
   for (int64_t h = g * R; h < (g + 1) * R; ++h)
     for (int64_t i = start; i < stop; i += NB) {
       const int64_t count = least(NB, stop - i);
+      if (!meets(a, b, i, count, first, keys)) continue;
       const Rows q = stage(at<T>(a.q, b, h, i), a.q.row, count, D, q_space);
       const Rows dout = stage(at<T>(a.dout, b, h, i), a.dout.row, count, D, do_space);
       gemm<true, SET>(q.data, q.stride, kt, p, count, D, vectors, {score_factor(a)});
       gemm_in_parts(dout.data, dout.stride, vt, ds, count, D, vectors);
       if (a.softcap != 0.f) cap(p, slopes, count, vectors, a.softcap);
-      for (int64_t r = 0; r < count; ++r) keep_lanes(p + r * L, a.from(i + r) - first, a.to(i + r) - first);
+      for (int64_t r = 0; r < count; ++r) keep_lanes(p + r * L, a.from(b, i + r) - first, a.to(b, i + r) - first);
       score_gradient(p, ds, count, vectors, a.rows, (b * a.H + h) * a.S + i);
       if (a.softcap != 0.f) times(ds, slopes, count, vectors);
       gemm<false, ADD>(q.data, q.stride, ds, dkt, D, count, vectors);

@@ -164,10 +164,12 @@ TW_INLINE void clear(float* p, int64_t n) { __builtin_memset(p, 0, size_t(n) * s
 // ones alternate: 0, n-1, 1, n-2, ...
 TW_INLINE int64_t folded(int64_t t, int64_t n) { return t % 2 ? n - 1 - t / 2 : t / 2; }
 
-// The rows of one tile: which kv head, which flattened rows, and the keys any of them sees.
+// The rows of one tile: which kv head, which flattened rows, and the keys each of them, all and any see.
 struct Tile {
-  int64_t b, g, first, from, to;
+  int64_t b, g, first;
   int rows, vectors;
+  int32_t lo[L], hi[L];
+  int64_t from, open, whole, to;  // some see keys from `from`, all those from `open` to `whole`
 };
 
 TW_INLINE Tile row_tile(const AttentionArgs& a, int64_t item) {
@@ -178,8 +180,13 @@ TW_INLINE Tile row_tile(const AttentionArgs& a, int64_t item) {
   x.first = t * L;
   x.rows = int(least(L, a.S * R - x.first));
   x.vectors = (x.rows + W - 1) / W;
-  x.from = a.from(x.first / R);
-  x.to = a.to((x.first + x.rows - 1) / R);
+  x.from = x.whole = a.T, x.open = x.to = 0;
+  for (int lane = 0; lane < L; ++lane) {
+    const int64_t i = (x.first + least(lane, x.rows - 1)) / R, lo = a.from(x.b, i), hi = a.to(x.b, i);
+    x.lo[lane] = int32_t(lo), x.hi[lane] = int32_t(hi);
+    if (lo < hi) x.from = least(x.from, lo), x.to = most(x.to, hi);
+    x.open = most(x.open, lo), x.whole = least(x.whole, hi);
+  }
   return x;
 }
 
@@ -189,17 +196,18 @@ TW_INLINE void keep_lanes(float* scores, int64_t begin, int64_t end) {
   for (int64_t lane = most(0, end); lane < L; ++lane) scores[lane] = -INF;
 }
 
-// Scores [count, L] of keys from j0 on: -inf where a row may not look.  Rows are in query order, so
-// those that see key j are neighbours.
-TW_INLINE void mask_rows(const AttentionArgs& a, float* scores, int64_t j0, int64_t count, const Tile& x) {
-  const int64_t R = a.group(), offset = a.T - a.S, last = (x.first + x.rows - 1) / R;
-  if (j0 >= a.from(last) && j0 + count <= a.to(x.first / R)) return;
-  for (int64_t j = j0; j < j0 + count; ++j, scores += L)
-    keep_lanes(scores, (j - offset - a.right) * R - x.first, (j - offset + a.left + 1) * R - x.first);
+// Scores [count, L] of keys from j0 on: -inf where a row may not look.
+TW_INLINE void mask_rows(float* scores, int64_t j0, int64_t count, const Tile& x) {
+  if (j0 >= x.open && j0 + count <= x.whole) return;
+  for (int32_t j = int32_t(j0); j < j0 + count; ++j, scores += L)
+    for (int lane = 0; lane < L; ++lane)
+      scores[lane] = (j >= x.lo[lane]) & (j < x.hi[lane]) ? scores[lane] : -INF;
 }
 
 // What a row of head h starts with: the sink, or nothing.
-TW_INLINE float first_score(const AttentionArgs& a, int64_t h) { return a.sinks ? most(a.sinks[h], LOWEST) : LOWEST; }
+TW_INLINE float first_score(const AttentionArgs& a, int64_t h) {
+  return !a.sinks || a.sinks[h] < LOWEST ? LOWEST : a.sinks[h];  // nan stays
+}
 TW_INLINE float first_sum(const AttentionArgs& a) { return a.sinks ? 1.f : 0.f; }
 
 // What the products q . k are multiplied by: the cap takes scores divided by it.

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tilewright import nn, ops
+from tilewright import masks, nn, ops
 from tilewright._op import explain
 from tilewright.quant_tensor import QuantTensor
 from tilewright.testing import eager
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from tilewright import models, quant
 
 __version__ = "0.1.0"
-__all__ = ["QuantTensor", "__version__", "eager", "explain", "models", "nn", "ops", "quant"]
+__all__ = [
+    "QuantTensor", "__version__", "eager", "explain", "masks", "models", "nn", "ops", "quant",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from tilewright.ops.add_rms_norm import add_rms_norm
 from tilewright.ops.attention import attention, attention_with_lse
+from tilewright.ops.attention_varlen import attention_varlen, attention_varlen_with_lse
 from tilewright.ops.geglu import geglu
 from tilewright.ops.quant_linear import quant_linear
 from tilewright.ops.rms_norm import rms_norm
@@ -11,6 +12,8 @@ from tilewright.ops.swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "attention",
+    "attention_varlen",
+    "attention_varlen_with_lse",
     "attention_with_lse",
     "geglu",
     "quant_linear",

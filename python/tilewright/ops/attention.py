@@ -21,7 +21,7 @@ def _heads_last(x: Tensor) -> Tensor:
 
 
 def _fwd_fake(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, begin: Tensor | None, end: Tensor | None,
     left: int, right: int, softcap: float, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -29,14 +29,17 @@ def _fwd_fake(
 
 def _bwd_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
-    left: int, right: int, softcap: float, scale: float,
+    begin: Tensor | None, end: Tensor | None, left: int, right: int, softcap: float, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dsinks = q.new_empty(0 if sinks is None else sinks.shape, dtype=torch.float32)
     return _heads_last(q), _heads_last(k), _heads_last(k), dsinks
 
 
-# left and right: how far back and ahead a query sees, -1 without end.  softcap 0 is none.
-_OPTIONS = "Tensor? sinks, int left, int right, float softcap, float scale"
+# begin and end, int32 [B, S]: query i sees keys begin[i] .. end[i] - 1.  Without them, left and right
+# are how far back and ahead a query sees, -1 without end.  softcap 0 is none.
+_OPTIONS = (
+    "Tensor? sinks, Tensor? begin, Tensor? end, int left, int right, float softcap, float scale"
+)
 _fwd = _op.register(
     "attention",
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -53,21 +56,22 @@ _bwd = _op.register(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *options: Any
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
+        begin: Tensor | None, end: Tensor | None, *options: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, sinks)
+        ctx.save_for_backward(q, k, v, sinks, begin, end)
         ctx.options = options
-        return _fwd(q, k, v, sinks, *options)
+        return _fwd(q, k, v, sinks, begin, end, *options)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks = ctx.saved_tensors
+        q, k, v, sinks, begin, end = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(q)
-        dq, dk, dv, dsinks = _bwd(dout, dlse, q, k, v, sinks, *ctx.options)
-        return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype), *(None,) * 4
+        dq, dk, dv, dsinks = _bwd(dout, dlse, q, k, v, sinks, begin, end, *ctx.options)
+        return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype), *(None,) * 6
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -103,33 +107,81 @@ def _misfit(q: Tensor, k: Tensor, v: Tensor) -> str:
     return f"q on {q.device}, k on {k.device}, v on {v.device}"
 
 
-def _prepared(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: tuple[int, int] | None,
-    softcap: float | None, sinks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, int, int]:  # fmt: skip
-    """q, k, v as autocast wants them, and how far back and ahead a query sees."""
+def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of the dtype that F.scaled_dot_product_attention would give them."""
     device = q.device.type
-    if torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
-        q, k, v = (
-            t.to(low) if t.is_floating_point() and t.dtype != torch.float64 else t
-            for t in (q, k, v)
-        )
-    if not _fits(q, k, v) or not q.is_floating_point():
-        raise ValueError(f"attention: {_misfit(q, k, v)}")
+    if not torch.is_autocast_enabled(device):
+        return q, k, v
+    low = torch.get_autocast_dtype(device)
+    q, k, v = (
+        t.to(low) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v)
+    )
+    return q, k, v
+
+
+def checked_window(
+    op: str, q: Tensor, heads: int, causal: bool, window: tuple[int, int] | None,
+    softcap: float | None, sinks: Tensor | None,
+) -> tuple[int, int]:  # fmt: skip
+    """How far back and ahead a query sees, -1 without end."""
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"attention: softcap must be above 0, not {softcap}")
+        raise ValueError(f"{op}: softcap must be above 0, not {softcap}")
     if sinks is not None and not (
-        sinks.shape == (q.size(1),) and sinks.device == q.device and sinks.is_floating_point()
+        sinks.shape == (heads,) and sinks.device == q.device and sinks.is_floating_point()
     ):
         raise ValueError(
-            f"attention: sinks {tuple(sinks.shape)} {sinks.dtype} on {sinks.device} are not a float a"
+            f"{op}: sinks {tuple(sinks.shape)} {sinks.dtype} on {sinks.device} are not a float a"
             f" head of q {tuple(q.shape)} on {q.device}"
         )
     left, right = (-1, -1) if window is None else window
     if left < -1 or right < -1:
-        raise ValueError(f"attention: window {window} is not two counts of keys, -1 for all")
-    return q, k, v, left, 0 if causal else right
+        raise ValueError(f"{op}: window {window} is not two counts of keys, -1 for all")
+    return left, 0 if causal else right
+
+
+def _folded(
+    ranges: tuple[Tensor, Tensor], q: Tensor, T: int, left: int, right: int
+) -> tuple[Tensor, Tensor]:
+    """Of each query the keys that its range, left and right leave it: begin, end, int32 [B, S]."""
+    B, _, S, _ = q.shape
+    for x in ranges:
+        if (
+            x.dtype not in (torch.int32, torch.int64)
+            or x.device != q.device
+            or x.dim() > 2
+            or any(a not in (1, b) for a, b in zip(reversed(x.shape), (S, B), strict=False))
+        ):
+            raise ValueError(
+                f"attention: ranges {tuple(x.shape)} {x.dtype} on {x.device} do not fit q"
+                f" {tuple(q.shape)} on {q.device}: int32 or int64 that broadcasts to [{B}, {S}]"
+            )
+    begin, end = (x.clamp(0, T).expand(B, S) for x in ranges)
+    if left >= 0 or right >= 0:
+        here = torch.arange(T - S, T, device=q.device)
+        if left >= 0:
+            begin = torch.maximum(begin, (here - left).clamp(0, T))
+        if right >= 0:
+            end = torch.minimum(end, (here + right + 1).clamp(0, T))
+    return begin.to(torch.int32).contiguous(), end.to(torch.int32).contiguous()
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, begin: Tensor | None, end: Tensor | None,
+    left: int, right: int, softcap: float | None, scale: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The operators, and their gradients where one is wanted; all is checked."""
+    inputs = (q, k, v, sinks)
+    options = (
+        begin,
+        end,
+        left,
+        right,
+        0.0 if softcap is None else softcap,
+        q.size(3) ** -0.5 if scale is None else scale,
+    )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _Attention.apply(*inputs, *options)
+    return _fwd(*inputs, *options)
 
 
 def attention_with_lse(
@@ -139,6 +191,7 @@ def attention_with_lse(
     *,
     causal: bool = False,
     window: tuple[int, int] | None = None,
+    ranges: tuple[Tensor, Tensor] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
@@ -149,21 +202,20 @@ def attention_with_lse(
     differentiable: what merges partial attentions over disjoint keys.  A row that sees nothing has
     lse -inf.  Arguments and errors are attention's.
     """
-    q, k, v, left, right = _prepared(q, k, v, causal, window, softcap, sinks)
-    D = q.size(3)
-    if D > MAX_D or not _op.serves("attention", q):
-        twin = _op.twin("attention_with_lse")
-        return twin(q, k, v, window=(left, right), softcap=softcap, sinks=sinks, scale=scale)
-    options = (
-        left,
-        right,
-        0.0 if softcap is None else softcap,
-        D**-0.5 if scale is None else scale,
-    )
-    inputs = (q, k, v, sinks)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _Attention.apply(*inputs, *options)
-    return _fwd(*inputs, *options)
+    q, k, v = under_autocast(q, k, v)
+    if not _fits(q, k, v) or not q.is_floating_point():
+        raise ValueError(f"attention: {_misfit(q, k, v)}")
+    left, right = checked_window("attention", q, q.size(1), causal, window, softcap, sinks)
+    begin = end = None
+    if ranges is not None:
+        begin, end = _folded(ranges, q, k.size(2), left, right)
+        left = right = -1
+    if q.size(3) > MAX_D or not _op.serves("attention", q):
+        return _op.twin("attention_with_lse")(
+            q, k, v, window=(left, right), ranges=None if begin is None else (begin, end),
+            softcap=softcap, sinks=sinks, scale=scale,
+        )  # fmt: skip
+    return attend(q, k, v, sinks, begin, end, left, right, softcap, scale)
 
 
 def attention(
@@ -173,6 +225,7 @@ def attention(
     *,
     causal: bool = False,
     window: tuple[int, int] | None = None,
+    ranges: tuple[Tensor, Tensor] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
@@ -184,8 +237,10 @@ def attention(
     have kernels.
 
     Query i stands at key p = i + T - S, as a KV cache needs.  `causal` lets it see keys up to p;
-    `window` (left, right) those from p - left to p + right, -1 for no end.  A row that sees nothing
-    gives 0, and zero gradients.
+    `window` (left, right) those from p - left to p + right, -1 for no end; `ranges` (begin, end),
+    integers that broadcast to [B, S], keys begin[b, i] to end[b, i] - 1: padding, documents, prefixes
+    (tilewright.masks makes them).  It sees the keys that all of these let it see, and tiles of keys
+    that no query sees are not read.  A row that sees nothing gives 0, and zero gradients.
     `scale` defaults to D ** -0.5.  `softcap` c bounds the scaled scores s: c tanh(s / c) (Gemma 2).
     `sinks` [H], any float dtype, are scores of one more key a head, whose value is 0: they take
     their share of the softmax (GPT-OSS).  All are differentiable in q, k, v and sinks.
@@ -196,6 +251,7 @@ def attention(
     if (
         _direct is not None
         and window is None
+        and ranges is None
         and softcap is None
         and sinks is None
         and q.is_cpu
@@ -205,5 +261,6 @@ def attention(
         if out is not None:
             return out
     return attention_with_lse(
-        q, k, v, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale
-    )[0]
+        q, k, v, causal=causal, window=window, ranges=ranges,
+        softcap=softcap, sinks=sinks, scale=scale,
+    )[0]  # fmt: skip

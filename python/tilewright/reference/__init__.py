@@ -2,6 +2,7 @@
 
 from tilewright.reference.add_rms_norm import add_rms_norm
 from tilewright.reference.attention import attention, attention_with_lse
+from tilewright.reference.attention_varlen import attention_varlen, attention_varlen_with_lse
 from tilewright.reference.geglu import geglu
 from tilewright.reference.quant_linear import quant_linear
 from tilewright.reference.rms_norm import rms_norm
@@ -11,6 +12,8 @@ from tilewright.reference.swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "attention",
+    "attention_varlen",
+    "attention_varlen_with_lse",
     "attention_with_lse",
     "geglu",
     "quant_linear",

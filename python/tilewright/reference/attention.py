@@ -8,19 +8,25 @@ from torch import Tensor
 
 
 def hidden_from(
-    S: int, T: int, causal: bool, window: tuple[int, int] | None, device: torch.device
-) -> Tensor | None:
-    """[S, T], true where query i may not see key j; None where each sees all."""
+    B: int, S: int, T: int, causal: bool, window: tuple[int, int] | None,
+    ranges: tuple[Tensor, Tensor] | None, device: torch.device,
+) -> Tensor | None:  # fmt: skip
+    """[S, T], or with ranges [B, 1, 1, S, T], true where query i may not see key j; None where each
+    sees all."""
     left, right = (-1, -1) if window is None else window
     right = 0 if causal else right
-    if left < 0 and right < 0:
+    if left < 0 and right < 0 and ranges is None:
         return None
-    ahead = torch.arange(T, device=device) - torch.arange(S, device=device)[:, None] - (T - S)
+    keys = torch.arange(T, device=device)
+    ahead = keys - torch.arange(S, device=device)[:, None] - (T - S)
     hidden = torch.zeros(S, T, dtype=torch.bool, device=device)
     if right >= 0:
         hidden |= ahead > right
     if left >= 0:
         hidden |= -ahead > left
+    if ranges is not None:
+        begin, end = (x.expand(B, S)[:, None, None, :, None] for x in ranges)
+        hidden = hidden | (keys < begin) | (keys >= end)
     return hidden
 
 
@@ -31,6 +37,7 @@ def attention_with_lse(
     *,
     causal: bool = False,
     window: tuple[int, int] | None = None,
+    ranges: tuple[Tensor, Tensor] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
@@ -46,8 +53,9 @@ def attention_with_lse(
         q, k, v = (t if t.dtype == torch.float64 else t.to(low) for t in (q, k, v))
         with torch.autocast(device, enabled=False):
             return attention_with_lse(
-                q, k, v, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale
-            )
+                q, k, v, causal=causal, window=window, ranges=ranges,
+                softcap=softcap, sinks=sinks, scale=scale,
+            )  # fmt: skip
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = D**-0.5 if scale is None else scale
@@ -55,7 +63,7 @@ def attention_with_lse(
     scores = (rows @ k.unsqueeze(2).transpose(-1, -2)).to(wide) * scale  # [B, G, H / G, S, T]
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
-    hidden = hidden_from(S, T, causal, window, q.device)
+    hidden = hidden_from(B, S, T, causal, window, ranges, q.device)
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
     if sinks is not None:  # a key of its own score and no value
@@ -66,7 +74,7 @@ def attention_with_lse(
         blind = hidden.all(-1, keepdim=True)  # a row that sees nothing gives 0, not 0 / 0
         scores = scores.masked_fill(blind, 0.0)
         probs = scores.softmax(-1).masked_fill(hidden, 0.0)
-        lse = scores.logsumexp(-1).masked_fill(blind[:, 0], -torch.inf)
+        lse = scores.logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
     else:
         probs, lse = scores.softmax(-1), scores.logsumexp(-1)
     out = (probs.to(q.dtype) @ v.unsqueeze(2)).reshape(B, H, S, D)
@@ -80,11 +88,13 @@ def attention(
     *,
     causal: bool = False,
     window: tuple[int, int] | None = None,
+    ranges: tuple[Tensor, Tensor] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """attention_with_lse's first result."""
     return attention_with_lse(
-        q, k, v, causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale
-    )[0]
+        q, k, v, causal=causal, window=window, ranges=ranges,
+        softcap=softcap, sinks=sinks, scale=scale,
+    )[0]  # fmt: skip

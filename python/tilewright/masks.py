@@ -1,0 +1,71 @@
+"""Common attention masks as ranges of keys, for ops.attention's `ranges`.
+
+Each returns (begin, end), integers that broadcast to [B, S]: query i of batch b sees keys begin[b, i] to
+end[b, i] - 1, or none where end <= begin.  B batch, S queries, T keys.
+"""
+
+import torch
+from torch import Tensor
+
+
+def padding(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys that are no padding, which lies left or right of them: attention_mask [B, T], nonzero where a
+    key is real -> [B, 1] each.
+
+    ValueError on other shapes, and on the CPU where a row has padding between its keys (on a GPU the
+    queries see that padding too).
+    """
+    if attention_mask.dim() != 2:
+        raise ValueError(f"padding: attention_mask {tuple(attention_mask.shape)} is not [B, T]")
+    return from_mask((attention_mask != 0).unsqueeze(1))
+
+
+def prefix(lengths: Tensor, S: int) -> tuple[Tensor, Tensor]:
+    """A prefix that all see, then causal: lengths [B] -> [B, S] each, of S queries at S keys."""
+    seen = torch.arange(1, S + 1, device=lengths.device)
+    end = torch.maximum(seen, lengths[:, None])
+    return torch.zeros_like(end), end
+
+
+def documents(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Each document to itself: ids [B, S] or [S], equal through a document and no other beside it ->
+    [B, S] or [S] each.  With causal=True a document's own causal mask."""
+    S = ids.size(-1)
+    here = torch.arange(S, device=ids.device).expand(ids.shape)
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[..., 1:] = ids[..., 1:] != ids[..., :-1]
+    begin = torch.where(starts, here, 0).cummax(-1).values
+    stops = torch.ones_like(starts)
+    stops[..., :-1] = starts[..., 1:]
+    end = torch.where(stops, here + 1, S).flip(-1).cummin(-1).values.flip(-1)
+    return begin, end
+
+
+def from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a mask [B, S, T] or [S, T], true where query i sees key j -> [B, S] or [S] each.
+
+    ValueError on other shapes and dtypes, and on the CPU where a query's keys are not neighbours (on a
+    GPU it sees those between them too).
+    """
+    if mask.dtype != torch.bool or mask.dim() not in (2, 3):
+        raise ValueError(f"from_mask: mask {tuple(mask.shape)} {mask.dtype} is no bool [S, T]")
+    begin, end, whole = hull(mask)
+    if mask.is_cpu and not torch.compiler.is_compiling() and not bool(whole.all()):
+        raise ValueError(
+            f"from_mask: {int((~whole).sum())} queries of mask {tuple(mask.shape)} see keys with others"
+            " between them"
+        )
+    return begin, end
+
+
+def hull(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a bool mask [..., T]: the least range that holds its keys, begin and end, and whether it holds no
+    others."""
+    T = mask.size(-1)
+    if T == 0:
+        nothing = torch.zeros(mask.shape[:-1], dtype=torch.int64, device=mask.device)
+        return nothing, nothing, nothing == 0
+    keys = torch.arange(T, device=mask.device)
+    begin = torch.where(mask, keys, T).amin(-1)
+    end = torch.where(mask, keys + 1, 0).amax(-1)
+    return begin, end, (end - begin).clamp(min=0) == mask.sum(-1)
