@@ -33,6 +33,7 @@ from ._tile import (
     padded,
     range_spans,
     scores,
+    seen_by,
     signature,
     space,
     spans,
@@ -55,7 +56,7 @@ def _dq_step(
     v = load_rows(v_ptr, cols, stride_vt, end, HEAD_DIM, BLOCK_D)
     s, slope = scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
     if MASK:
-        seen = visible(cols[None, :], lo[:, None], hi[:, None], BEGINS)
+        seen = visible(cols[None, :], lo[:, None], hi[:, None], end, BEGINS)
         s = tl.where(seen, s, -float("inf"))
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     top = tl.maximum(m, tl.max(s, 1))
@@ -127,9 +128,9 @@ def _attention_dq_kernel(
             HEAD_DIM, SOFTCAP, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
-    norm = 1.0 / divisor(l, lo, hi, HAS_SINKS)
+    norm = 1.0 / divisor(l, lo, hi, T, HAS_SINKS)
     # one key at most: P = 1 whatever the score, which dP - mean only approaches
-    still = (hi - lo <= 1) & (not HAS_SINKS)
+    still = (seen_by(lo, hi, T) <= 1) & (not HAS_SINKS)
     drift = tl.where(still, 0.0, excess * norm)
     dq = tl.where(still[:, None], 0.0, dq)
     if HAS_DLSE:
@@ -164,7 +165,7 @@ def _dkv_step(
     s, slope = scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, SOFTCAP)
     if MASK:
         lo, hi = key_range(rows, b, begin_ptr, end_ptr, S, T, left, right, LEFT, RIGHT, RANGES)
-        seen = visible(cols[:, None], lo[None, :], hi[None, :], LEFT or RANGES)
+        seen = visible(cols[:, None], lo[None, :], hi[None, :], T, LEFT or RANGES)
         s = tl.where(seen, s, -float("inf"))
     p = tl.exp2(s - m[None, :]) * tl.abs(norm)[None, :]
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")

@@ -40,16 +40,17 @@ def key_range(
     rows, b, begin_ptr, end_ptr, S, T, left, right,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
-    """The keys that rows of batch b see: from lo to before hi, both within the keys there are."""
+    """The keys that rows of batch b see: from lo to before hi.  But for ranges' they may lie past either
+    end: to keep them within costs registers where the backward has none."""
     lo, hi = rows * 0, rows * 0 + T
     if RANGES:
-        lo = tl.load(begin_ptr + b * S + rows, mask=rows < S, other=0)
-        hi = tl.load(end_ptr + b * S + rows, mask=rows < S, other=0)
+        lo = tl.maximum(tl.load(begin_ptr + b * S + rows, mask=rows < S, other=0), 0)
+        hi = tl.minimum(tl.load(end_ptr + b * S + rows, mask=rows < S, other=0), T)
     if LEFT:
         lo = rows + (T - S) - left
     if RIGHT:
         hi = rows + (T - S) + right + 1
-    return tl.maximum(lo, 0), tl.minimum(hi, T)
+    return lo, hi
 
 
 @triton.jit
@@ -84,20 +85,26 @@ def range_spans(lo, hi, rows, S, T, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def visible(cols, lo, hi, BEGINS: tl.constexpr):
+def visible(cols, lo, hi, T, BEGINS: tl.constexpr):
     """Which of cols [1, N] rows may look at that see from lo to before hi [M, 1] (or all transposed).
     Without BEGINS they see from the first key."""
-    seen = cols < hi
+    seen = (cols < T) & (cols < hi)
     if BEGINS:
         seen = seen & (cols >= lo)
     return seen
 
 
 @triton.jit
-def divisor(l, lo, hi, HAS_SINKS: tl.constexpr):
+def seen_by(lo, hi, T):
+    """How many keys rows see that see from lo to before hi; below 0 none."""
+    return tl.minimum(hi, T) - tl.maximum(lo, 0)
+
+
+@triton.jit
+def divisor(l, lo, hi, T, HAS_SINKS: tl.constexpr):
     """The sum l to divide by; inf for rows that see no key, which give 0 and not 0 / 0."""
     if not HAS_SINKS:
-        l = tl.where(lo >= hi, float("inf"), l)
+        l = tl.where(seen_by(lo, hi, T) <= 0, float("inf"), l)
     return l
 
 

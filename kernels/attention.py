@@ -53,7 +53,7 @@ def _fwd_step(
     k = load_rows(k_ptr, cols, stride_kt, end, HEAD_DIM, BLOCK_D)
     s, _ = scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
     if MASK:
-        seen = visible(cols[None, :], lo[:, None], hi[:, None], BEGINS)
+        seen = visible(cols[None, :], lo[:, None], hi[:, None], end, BEGINS)
         s = tl.where(seen, s, -float("inf"))
     top = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - top[:, None])
@@ -109,7 +109,7 @@ def _attention_fwd_kernel(
             HEAD_DIM, SOFTCAP, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
-    out = acc / divisor(l, lo, hi, HAS_SINKS)[:, None]
+    out = acc / divisor(l, lo, hi, T, HAS_SINKS)[:, None]
     # out lies as [B, S, H, D]
     out_ptr += (b * S * H + h) * HEAD_DIM
     store_rows(out_ptr, out.to(out_ptr.dtype.element_ty), rows, H * HEAD_DIM, S, HEAD_DIM, BLOCK_D)

@@ -71,11 +71,11 @@ def attention_forward(
     A window is in the mask already.  softcap and s_aux (a sink a head) are ops.attention's.
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    ranged = _are_ranges(attention_mask)
-    beyond = attention_mask is not None and not ranged
+    given = None if attention_mask is None or not _are_ranges(attention_mask) else attention_mask
+    beyond = attention_mask is not None and given is None
     if beyond or dropout or position_bias is not None or kwargs.get("output_attentions"):
-        if ranged:
-            attention_mask = _as_mask(attention_mask, key.size(2))
+        if given is not None:
+            attention_mask = _as_mask(given, key.size(2))
         elif attention_mask is None and causal and query.size(2) > 1:
             attention_mask = _causal(query, key)
         other = _torch_attention if softcap is None and s_aux is None else _own_attention(module)
@@ -85,21 +85,21 @@ def attention_forward(
         )  # fmt: skip
     S, T, D, Dv = query.size(2), key.size(2), query.size(3), value.size(3)
     ranges = None
-    if ranged:
-        begin, end = attention_mask[:, 0].unbind(-1)
+    if given is not None:
+        begin, end = given[:, 0].unbind(-1)
         ranges = (begin, end)
     elif causal and 1 < S < T:  # a static cache still empty: what is past the queries is no key yet
         key, value = key[:, :, :S], value[:, :, :S]
     out = ops.attention(
         *(_padded(x, max(D, Dv)) for x in (query, key, value)),
-        causal=causal and S > 1 and not ranged, ranges=ranges, softcap=softcap, sinks=s_aux,
+        causal=causal and S > 1 and given is None, ranges=ranges, softcap=softcap, sinks=s_aux,
         scale=D**-0.5 if scaling is None else scaling,
     )  # fmt: skip
     return out[..., :Dv].transpose(1, 2).contiguous(), None
 
 
-def _are_ranges(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.size(3) == 2
+def _are_ranges(mask: Tensor) -> bool:
+    return mask.dtype == torch.int32 and mask.dim() == 4 and mask.size(3) == 2
 
 
 def _padded(x: Tensor, D: int) -> Tensor:
@@ -119,7 +119,7 @@ def _causal(query: Tensor, key: Tensor) -> Tensor:
     return torch.ones(1, 1, S, T, dtype=torch.bool, device=query.device).tril()
 
 
-def _torch_attention(*args: Any, softcap: None, s_aux: None, **kwargs: Any) -> tuple[Tensor, None]:
+def _torch_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(*args, **kwargs)
