@@ -300,7 +300,7 @@ def _queries(
     begin, end = ranges
     if begin is None or end is None:
         return None, None
-    keys = torch.arange(T, dtype=torch.int32, device=begin.device).expand(begin.size(0), T)
+    keys = torch.arange(T, dtype=torch.int32, device=begin.device).repeat(begin.size(0), 1)
     ends = end.cummax(1).values
     begins = begin.flip(1).cummin(1).values.flip(1)
     first = torch.searchsorted(ends, keys, right=True, out_int32=True)

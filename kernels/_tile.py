@@ -44,8 +44,9 @@ def key_range(
     end: to keep them within costs registers where the backward has none."""
     lo, hi = rows * 0, rows * 0 + T
     if RANGES:
-        lo = tl.maximum(tl.load(begin_ptr + b * S + rows, mask=rows < S, other=0), 0)
-        hi = tl.minimum(tl.load(end_ptr + b * S + rows, mask=rows < S, other=0), T)
+        lo = tl.load(begin_ptr + b * S + rows, mask=rows < S, other=0)
+        hi = tl.load(end_ptr + b * S + rows, mask=rows < S, other=0)
+        lo, hi = tl.minimum(tl.maximum(lo, 0), T), tl.minimum(tl.maximum(hi, 0), T)
     if LEFT:
         lo = rows + (T - S) - left
     if RIGHT:
@@ -205,11 +206,12 @@ class Options(NamedTuple):
     scale: float
 
     def flags(self, S: int, T: int) -> dict[str, bool]:
-        """The constexprs; a limit that hides nothing is none."""
+        """The constexprs; a limit that hides nothing is none, nor is one beside ranges."""
+        ranged = self.begin is not None
         return {
-            "LEFT": 0 <= self.left < T - 1,
-            "RIGHT": 0 <= self.right < S - 1,
-            "RANGES": self.begin is not None,
+            "LEFT": not ranged and 0 <= self.left < T - 1,
+            "RIGHT": not ranged and 0 <= self.right < S - 1,
+            "RANGES": ranged,
             "SOFTCAP": self.softcap != 0,
             "HAS_SINKS": self.sinks is not None,
         }

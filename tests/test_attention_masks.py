@@ -168,9 +168,39 @@ def test_opcheck(S, device):
 def test_values_beyond_the_keys_are_no_keys(device):
     """Of the operators too, which check no value."""
     q, k, v = (x.detach() for x in drawn(device, 1, 2, 1, 20, 33, 16))
-    begin = torch.full((1, 20), -(2**31), dtype=torch.int32, device=device)
-    out, _ = fwd(q, k, v, None, begin, -begin - 1, -1, -1, 0.0, 0.25)
+    least = torch.full((1, 20), -(2**31), dtype=torch.int32, device=device)
+    most = -(least + 1)
+    out, _ = fwd(q, k, v, None, least, most, -1, -1, 0.0, 0.25)
     assert torch.equal(out, ops.attention(q, k, v, scale=0.25))
+    some = torch.full_like(least, 5)
+    for begin, end in ((most, most), (most, some), (some, least), (least, least), (most, least)):
+        out, lse = fwd(q, k, v, None, begin, end, -1, -1, 0.0, 0.25)
+        assert not out.any() and (lse == -torch.inf).all()
+        for grad in bwd(torch.ones_like(q), None, q, k, v, None, begin, end, -1, -1, 0.0, 0.25)[:3]:
+            assert not grad.any()
+
+
+@pytest.mark.parametrize("limit", [10**12, 2**63 - 1])
+def test_a_window_without_end_beside_ranges(limit, device):
+    q, k, v = (x.detach() for x in drawn(device, 1, 4, 2, 9, 33, 16))
+    ranges = torch.tensor(2, device=device), torch.tensor(30, device=device)
+    found = ops.attention(q, k, v, ranges=ranges, window=(limit, limit))
+    assert torch.equal(found, ops.attention(q, k, v, ranges=ranges))
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    cu = torch.tensor([0, 9], device=device), torch.tensor([0, 33], device=device)
+    found = ops.attention_varlen(q, k, v, *cu, window=(limit, limit))
+    assert torch.equal(found, ops.attention_varlen(q, k, v, *cu))
+
+
+def test_ranges_of_a_batch_that_begin_far_apart(dtype, device):
+    """Decode, whose chunks are the batch's: what one row sees late, another is done with."""
+    begin = torch.tensor([[0], [390], [130]], device=device)
+    end = torch.tensor([[5], [400], [140]], device=device)
+    inputs = drawn(device, 3, 4, 2, 1, 400, 16)
+    assert_matches_reference(
+        ops.attention_with_lse, reference.attention_with_lse, *inputs,
+        dtype=dtype, ranges=(begin, end),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -35,9 +35,10 @@ SHARED = 99 * 1024
 # may take.
 SPILLS: dict[tuple[str, str, int, str], dict[int, int]] = {
     ("_attention_fwd_kernel", "bf16", 128, "all"): {100: 8},
-    ("_attention_fwd_kernel", "bf16", 128, "ranges"): {120: 48},
-    ("_attention_fwd_kernel", "f32", 64, "ranges"): {86: 20, 89: 20},
-    ("_attention_fwd_kernel", "f32", 256, "ranges"): {100: 8, 120: 16},
+    ("_attention_fwd_kernel", "bf16", 128, "ranges"): {120: 64},
+    ("_attention_fwd_kernel", "bf16", 256, "ranges"): {120: 40},
+    ("_attention_fwd_kernel", "f32", 64, "ranges"): {80: 8, 86: 20, 89: 20},
+    ("_attention_fwd_kernel", "f32", 256, "ranges"): {90: 16, 100: 16, 120: 24},
     ("_attention_dkv_kernel", "bf16", 128, "plain"): {90: 8},
     ("_attention_dkv_kernel", "bf16", 128, "all"): {90: 32},
     ("_attention_dkv_kernel", "f32", 64, "plain"): {86: 24, 89: 24},
@@ -46,10 +47,11 @@ SPILLS: dict[tuple[str, str, int, str], dict[int, int]] = {
     ("_attention_dkv_kernel", "f32", 256, "all"): {100: 40},
     ("_attention_dkv_kernel", "f32", 256, "ranges"): {100: 16},
     ("_attention_dq_kernel", "bf16", 256, "all"): {86: 8, 89: 8},
-    ("_attention_dq_kernel", "bf16", 256, "ranges"): {86: 8, 89: 8},
+    ("_attention_dq_kernel", "bf16", 256, "ranges"): {86: 48, 89: 48, 120: 40},
     ("_attention_dq_kernel", "f32", 128, "plain"): {120: 40},
     ("_attention_dq_kernel", "f32", 128, "all"): {120: 88},
-    ("_attention_dq_kernel", "f32", 256, "ranges"): {80: 40, 90: 16, 100: 32, 120: 32},
+    ("_attention_dq_kernel", "f32", 128, "ranges"): {120: 32},
+    ("_attention_dq_kernel", "f32", 256, "ranges"): {80: 64, 90: 24, 100: 40, 120: 24},
 }
 
 

@@ -156,12 +156,31 @@ def test_packed_documents(kind):
     assert_same(built(kind), lambda m: m(ids, position_ids=positions, use_cache=False).logits)
 
 
-def test_an_encoder_looks_both_ways():
-    config = transformers.BertConfig(**SMALL, attn_implementation="eager")
-    model = transformers.BertModel(config).eval()
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("kind", ["Bert", "ClapText"])
+def test_an_encoder_looks_both_ways(kind, padded):
+    """ClapText's layers do not say whether they are causal."""
+    config = getattr(transformers, f"{kind}Config")(**SMALL, attn_implementation="eager")
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    ids, mask = tokens(), torch.ones(3, 20, dtype=torch.long)
+    if padded:
+        mask[1, 13:] = 0
+    assert_same(model, lambda m: m(ids, attention_mask=mask).last_hidden_state, mask)
+
+
+def test_an_encoder_and_its_decoder():
+    config = transformers.BartConfig(
+        vocab_size=99, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, pad_token_id=0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.BartModel(config).eval()
     ids, mask = tokens(), torch.ones(3, 20, dtype=torch.long)
     mask[1, 13:] = 0
-    assert_same(model, lambda m: m(ids, attention_mask=mask).last_hidden_state, mask)
+    answers = tokens(3, 25)
+    assert_same(
+        model, lambda m: m(ids, attention_mask=mask, decoder_input_ids=answers).last_hidden_state
+    )
 
 
 def test_a_mask_of_ones_own():
@@ -228,15 +247,30 @@ def test_the_kernel_is_what_runs(monkeypatch):
     with torch.no_grad():
         model(tokens(), attention_mask=mask)
         model(tokens(3, 6))
-    assert [y["ranges"] is not None for y in calls] == [True, True, False, False]
-    assert [y["causal"] for y in calls] == [False, False, True, True]
+    assert len(calls) == 4 and all(y["ranges"] is not None for y in calls)
 
 
-def test_it_compiles():
-    model = built("Llama")
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
+def test_it_compiles(kind):
+    """With masks that stay bool, for torch's attention and for the model's own."""
+    model = built(kind)
     model.set_attn_implementation("tilewright")
     ids = tokens()
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
+
+
+def test_what_would_be_wrong_raises():
+    q, k = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 5, 16)
+    layer = torch.nn.Module()
+    with pytest.raises(ValueError, match="Module picks keys by indices"):
+        interop.attention_forward(layer, q, k, k, None, indices=torch.zeros(1))
+    ranges = torch.zeros(1, 1, 5, 2, dtype=torch.int32)
+    with pytest.raises(
+        ValueError, match=r"mask \(1, 1, 5, 5\) of torch.int32: the model has changed"
+    ):
+        interop.attention_forward(layer, q, k, k, torch.nn.functional.pad(ranges, (0, 3)))
+    with pytest.raises(ValueError, match="has no own"):
+        interop.attention_forward(layer, q, k, k, None, dropout=0.5, softcap=2.0)

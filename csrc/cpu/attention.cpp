@@ -192,9 +192,13 @@ template <class T> TW_INLINE void store_row(const float* from, T* to, int64_t D,
 template <int RB, class T>
 void decode_rows(const AttentionArgs& a, int64_t b, int64_t g, int64_t c, int64_t row, float* q, float* scores) {
   const int64_t R = a.group(), D = a.D, Dp = a.padded(), j0 = a.earliest + c * CHUNK;
-  int64_t last = 0;
-  for (int r = 0; r < RB; ++r) last = most(last, a.to(b, (row + r) / R));
-  const int64_t count = most(0, least(last - j0, CHUNK));
+  int64_t earliest = a.T, last = 0;
+  for (int r = 0; r < RB; ++r) {
+    earliest = least(earliest, a.from(b, (row + r) / R));
+    last = most(last, a.to(b, (row + r) / R));
+  }
+  // a chunk that none of the rows sees is not read
+  const int64_t count = earliest >= j0 + CHUNK ? 0 : most(0, least(last - j0, CHUNK));
   const int64_t vectors = (count + W - 1) / W * W;
   for (int r = 0; r < RB; ++r) {
     const T* from = at<T>(a.q, b, g * R + (row + r) % R, (row + r) / R);

@@ -33,16 +33,25 @@ def register_attention() -> str:
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """What each layer gets as its mask: None (causal where the layer is), ranges as int32 [B, 1, S, 2], or
-    a bool mask [B, 1, S, T] where ranges cannot say it.
+    """What each layer gets as its mask: None (every key is seen), ranges as int32 [B, 1, S, 2], or a bool
+    mask [B, 1, S, T] where ranges cannot say it.
 
     Arguments are those of transformers.masking_utils.sdpa_mask.  Whether ranges are enough is asked of the
-    device once a mask; torch.compile, which cannot ask, gets the bool mask.
+    device; where it cannot be asked, as under torch.compile, masks stay bool.
     """
     from transformers.masking_utils import sdpa_mask
+    from transformers.utils.import_utils import is_tracing
 
     mask = sdpa_mask(*args, **kwargs)
-    if mask is None or torch.compiler.is_compiling() or mask.size(1) != 1:
+    if mask is None:
+        # left out because a layer knows that it is causal: not every layer that is told so does
+        S = kwargs["q_length"]
+        return (
+            _causal(kwargs["device"], S)
+            if kwargs.get("allow_is_causal_skip", True) and S > 1
+            else None
+        )
+    if is_tracing(mask) or mask.size(1) != 1:
         return mask
     rows = max(1, PART // max(1, mask.size(0) * mask.size(-1)))
     parts = [hull(part) for part in mask.split(rows, 2)]
@@ -66,36 +75,52 @@ def attention_forward(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """A layer's attention: query [B, H, S, D], key, value [B, G, T, D] -> [B, S, H, D], and None.
+    """A layer's attention: query [B, H, S, D], key, value [B, G, T, D] -> [B, S, H, D], and None or what the
+    model's own attention gives beside it.
 
-    A window is in the mask already.  softcap and s_aux (a sink a head) are ops.attention's.
+    A window is in the mask already.  softcap and s_aux (a sink a head) are ops.attention's.  ValueError on
+    a mask of ours that the model has changed, and where the layer picks keys of its own.
     """
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    given = None if attention_mask is None or not _are_ranges(attention_mask) else attention_mask
-    beyond = attention_mask is not None and given is None
-    if beyond or dropout or position_bias is not None or kwargs.get("output_attentions"):
-        if given is not None:
-            attention_mask = _as_mask(given, key.size(2))
-        elif attention_mask is None and causal and query.size(2) > 1:
-            attention_mask = _causal(query, key)
+    name = type(module).__name__
+    picked = [k for k in ("indices", "block_indices") if kwargs.get(k) is not None]
+    if picked:
+        raise ValueError(
+            f"tilewright: {name} picks keys by {picked[0]}, which no kernel of ours reads"
+        )
+    given = None
+    if attention_mask is not None and _are_ranges(attention_mask):
+        given, attention_mask = attention_mask, None
+    if attention_mask is not None and not (
+        attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
+    ):
+        raise ValueError(
+            f"tilewright: {name} gives a mask {tuple(attention_mask.shape)} of {attention_mask.dtype}:"
+            " the model has changed the ranges that stand for its masks"
+        )
+    S, T, D, Dv = query.size(2), key.size(2), query.size(3), value.size(3)
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal) and S > 1
+    if given is None and attention_mask is None and causal:
+        given = _causal(query.device, S)
+    if attention_mask is not None or dropout or position_bias is not None:
+        mask = attention_mask if given is None else _as_mask(given, T)
         other = _torch_attention if softcap is None and s_aux is None else _own_attention(module)
         return other(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            module, query, key, value, mask, dropout=dropout, scaling=scaling,
             is_causal=False, softcap=softcap, s_aux=s_aux, position_bias=position_bias, **kwargs,
         )  # fmt: skip
-    S, T, D, Dv = query.size(2), key.size(2), query.size(3), value.size(3)
-    ranges = None
-    if given is not None:
-        begin, end = given[:, 0].unbind(-1)
-        ranges = (begin, end)
-    elif causal and 1 < S < T:  # a static cache still empty: what is past the queries is no key yet
-        key, value = key[:, :, :S], value[:, :, :S]
+    begin, end = (None, None) if given is None else given[:, 0].unbind(-1)
     out = ops.attention(
         *(_padded(x, max(D, Dv)) for x in (query, key, value)),
-        causal=causal and S > 1 and given is None, ranges=ranges, softcap=softcap, sinks=s_aux,
+        ranges=None if begin is None or end is None else (begin, end), softcap=softcap, sinks=s_aux,
         scale=D**-0.5 if scaling is None else scaling,
     )  # fmt: skip
     return out[..., :Dv].transpose(1, 2).contiguous(), None
+
+
+def _causal(device: torch.device | str, S: int) -> Tensor:
+    """Ranges [1, 1, S, 2]: query i sees keys up to i, as torch's is_causal has it."""
+    end = torch.arange(1, S + 1, dtype=torch.int32, device=device)
+    return torch.stack((torch.zeros_like(end), end), -1)[None, None]
 
 
 def _are_ranges(mask: Tensor) -> bool:
@@ -111,12 +136,6 @@ def _as_mask(ranges: Tensor, T: int) -> Tensor:
     begin, end = ranges.unsqueeze(-2).unbind(-1)
     keys = torch.arange(T, device=ranges.device)
     return (keys >= begin) & (keys < end)
-
-
-def _causal(query: Tensor, key: Tensor) -> Tensor:
-    """The bool mask [1, 1, S, T] that None stands for: query i sees keys up to i."""
-    S, T = query.size(2), key.size(2)
-    return torch.ones(1, 1, S, T, dtype=torch.bool, device=query.device).tril()
 
 
 def _torch_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:

@@ -157,6 +157,10 @@ def _folded(
             )
     begin, end = (x.clamp(0, T).expand(B, S) for x in ranges)
     if left >= 0 or right >= 0:
+        left, right = (
+            min(left, S + T),
+            min(right, S + T),
+        )  # what is more overflows, and hides no more
         here = torch.arange(T - S, T, device=q.device)
         if left >= 0:
             begin = torch.maximum(begin, (here - left).clamp(0, T))
@@ -239,8 +243,9 @@ def attention(
     Query i stands at key p = i + T - S, as a KV cache needs.  `causal` lets it see keys up to p;
     `window` (left, right) those from p - left to p + right, -1 for no end; `ranges` (begin, end),
     integers that broadcast to [B, S], keys begin[b, i] to end[b, i] - 1: padding, documents, prefixes
-    (tilewright.masks makes them).  It sees the keys that all of these let it see, and tiles of keys
-    that no query sees are not read.  A row that sees nothing gives 0, and zero gradients.
+    (tilewright.masks makes them).  It sees the keys that all of these let it see; those before the
+    first and past the last that a block of queries sees are not read.  A row that sees nothing gives 0,
+    and zero gradients.
     `scale` defaults to D ** -0.5.  `softcap` c bounds the scaled scores s: c tanh(s / c) (Gemma 2).
     `sinks` [H], any float dtype, are scores of one more key a head, whose value is 0: they take
     their share of the softmax (GPT-OSS).  All are differentiable in q, k, v and sinks.

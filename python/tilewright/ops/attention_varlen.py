@@ -49,6 +49,10 @@ def _ranges(
 ) -> tuple[Tensor, Tensor]:
     """Of each packed query the keys it sees: begin, end, int32 [1, Tq].  Sequence n's last query
     stands at its last key."""
+    left, right = (
+        min(left, Tq + Tk),
+        min(right, Tq + Tk),
+    )  # what is more overflows, and hides no more
     starts_q, starts_k = starts_q.long(), starts_k.long()
     row = torch.arange(Tq, device=starts_q.device)
     n = torch.searchsorted(starts_q[1:].contiguous(), row, right=True)  # sequences that end before
@@ -123,7 +127,8 @@ def attention_varlen(
     q [Tq, H, D], k, v [Tk, G, D] with H a multiple of G -> [Tq, H, D].  Sequence n is queries
     cu_seqlens_q[n] to cu_seqlens_q[n + 1] - 1 and keys cu_seqlens_k[n] to cu_seqlens_k[n + 1] - 1
     (without cu_seqlens_k, the same): int32 or int64 [N + 1], rising from 0; a sequence may be empty.
-    They stay on the device, and no longest length is asked for.  Queries past the last sequence give 0.
+    They stay on the device, where a kernel serves (head dims to 256, no float64), and no longest length is
+    asked for.  Queries past the last sequence give 0.
 
     `causal`, `window`, `softcap`, `sinks`, `scale` and gradients are attention's, within a sequence:
     its last query stands at its last key.  ValueError on shapes, dtypes, devices or options that do not
