@@ -1,6 +1,7 @@
 """Shared by all tests.  Sets nothing: TRITON_INTERPRET and TILEWRIGHT_CPU_ISA come from outside."""
 
 import os
+import random
 
 import pytest
 import torch
@@ -21,7 +22,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of the interpreter, and without a GPU those of Triton launchers, belong to the pass under
-    TRITON_INTERPRET=1, which runs every one of them; the others deselect them, and say how many."""
+    TRITON_INTERPRET=1, which runs every one of them; the others deselect them, and say how many.
+
+    Under TILEWRIGHT_SHUFFLE=1 they come in another order, the same each time: what kills a mutant is
+    met sooner among all tests than at its place in its file.
+    """
+    if os.environ.get("TILEWRIGHT_SHUFFLE") == "1":
+        random.Random(0).shuffle(items)
     if os.environ.get("TRITON_INTERPRET") == "1":
         return
     markers = {"interpreted"} if torch.cuda.is_available() else {"interpreted", "triton"}

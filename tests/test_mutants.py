@@ -363,7 +363,7 @@ def assert_killed(mutant: Mutant, folder: Path, suites: list[list[str]], **mode:
     for wanted in suites:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *wanted],
-            env=clean | {"PYTHONPATH": str(folder)} | mode,
+            env=clean | {"PYTHONPATH": str(folder), "TILEWRIGHT_SHUFFLE": "1"} | mode,
             cwd=ROOT,
             capture_output=True,
             text=True,

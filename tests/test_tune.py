@@ -18,7 +18,7 @@ from tilewright.cli import main
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = sorted(path.stem for path in (ROOT / "python/tilewright/ops").glob("[a-z]*.py"))
+OPS = sorted(path.stem for path in (ROOT / "kernels").glob("[a-z]*.py"))
 for op in OPS:
     importlib.import_module(f"tilewright.kernels.{op}")
 _tune = importlib.import_module("tilewright.kernels._tune")
