@@ -1,8 +1,8 @@
 """Every pass of `make test`, each in a process of its own, and one closing total.
 
 natively, everything; the op tests, drawn ones too, under TRITON_INTERPRET=1, and at the instruction
-sets avx2 and scalar.  --full adds the tests marked slow, as many at a time as there are processors,
-more draws, and the instruction sets between.  Exit 1 where any pass failed.
+sets avx2 and scalar.  --full adds the tests marked slow, more draws, and the instruction sets between.
+As many tests at a time as there are processors.  Exit 1 where any pass failed.
 """
 
 import argparse
@@ -16,6 +16,8 @@ from pathlib import Path
 from suite import ROOT, op_tests, testsuite
 
 MODES = ("TRITON_INTERPRET", "TILEWRIGHT_CPU_ISA")
+# Each test may use all processors: a thread that waits must leave its own to another's.
+SHARED = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def present(*names: str) -> list[str]:
@@ -32,8 +34,8 @@ def passes(full: bool) -> dict[str, tuple[dict[str, str], list[str]]]:
     interpreted = [*tests, *present("interpreter", "traffic", "tune", "llama")]
     quick = ["-m", "not slow", *(["--hypothesis-profile=full"] if full else [])]
     found: dict[str, tuple[dict[str, str], list[str]]] = {"native": ({}, quick)}
-    if full:  # each mostly one thread: a build, or one test file on a kernel with a fault
-        found["slow"] = ({}, ["-m", "slow", "-n", "logical", "--dist", "loadgroup"])
+    if full:
+        found["slow"] = ({}, ["-m", "slow"])
     if ops:
         found["interpreter"] = ({"TRITON_INTERPRET": "1"}, [*quick, *interpreted])
     levels = [] if _native.C is None or not ops else _native.C.isas()
@@ -50,10 +52,11 @@ def run(name: str, environment: dict[str, str], asked: list[str]) -> dict[str, i
         report = Path(folder) / "report.xml"
         print(f"== {name}: {' '.join(f'{k}={v}' for k, v in environment.items())}", flush=True)
         code = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-rs", f"--junit-xml={report}", *asked],
-            env=clean | environment,
+            [sys.executable, "-m", "pytest", "-q", "-rs", "-n", "logical", "--dist", "loadgroup",
+             f"--junit-xml={report}", *asked],
+            env=clean | SHARED | environment,
             cwd=ROOT,
-        ).returncode
+        ).returncode  # fmt: skip
         suite = testsuite(report)
     total, failed, skipped = (
         (0, 0, 0)
