@@ -5,7 +5,6 @@ A layout is any order of the dimensions in memory, any of them stepped over or e
 any offset: what views of views come to.  `--hypothesis-profile=full` draws more.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -170,8 +169,9 @@ def test_attention_sees_layouts_alike(data: st.DataObject, dtype: torch.dtype):
             reference.attention(*(x.to(kind) for x in inputs), **kwargs).double()
             for kind in (torch.float64, dtype)
         )
-    # a few rows are too few, and rows of one number that may cancel: eager's worst may by luck be good
-    if truth.shape[:3].numel() >= 32 and D >= 8:
+    # a few rows are too few, and rows of few numbers, of few keys each, that may cancel: eager's worst may
+    # by luck be good
+    if truth.shape[:3].numel() >= 32 and (33 if "ranges" in kwargs else 8) <= D:
         assert_within(found[0], eager, truth, torch.finfo(dtype).eps, "out")
 
 
@@ -179,31 +179,30 @@ def test_attention_sees_layouts_alike(data: st.DataObject, dtype: torch.dtype):
 def test_packed_sequences_are_each_attention(data: st.DataObject, dtype: torch.dtype):
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 1000)))
-    group, D = draw(st.integers(1, 3)), draw(st.sampled_from([8, 33]))
+    group, D = draw(st.integers(1, 3)), draw(st.sampled_from([33, 64]))
     lengths = draw(
         st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=4)
     )
     starts = torch.tensor([(0, 0), *lengths]).cumsum(0)
-    queries, keys = (int(n) for n in starts[-1])
-    shapes = [(queries, 2 * group, D), (keys, 2, D), (keys, 2, D)]
+    Tq, Tk = (int(n) for n in starts[-1])
+    shapes = [(Tq, 2 * group, D), (Tk, 2, D), (Tk, 2, D)]
     inputs = [rounded(laid_out(draw, shape), dtype) for shape in shapes]
     kwargs = {"causal": draw(st.booleans()), "softcap": draw(st.sampled_from([None, 2.0]))}
     cu = starts.T.contiguous().unbind()
+    before = bits(inputs)
+    first, again = (
+        run(lambda *x: ops.attention_varlen(*x, *cu, **kwargs), inputs, {}) for _ in range(2)
+    )
+    assert same(first, again) and same(before, bits(inputs))
     with torch.no_grad():
-        found = ops.attention_varlen(*inputs, *cu, **kwargs)
-        for (a, c), (b, d) in itertools.pairwise(starts.tolist()):
-            q, k, v = (
-                x[i:j].transpose(0, 1)[None].float()
-                for x, i, j in zip(inputs, (a, c, c), (b, d, d), strict=True)
-            )
-            truth, eager = (
-                reference.attention(*(x.to(kind) for x in (q, k, v)), **kwargs)[0].transpose(0, 1)
-                for kind in (torch.float64, dtype)
-            )
-            if truth.shape[:2].numel() >= 32:
-                assert_within(
-                    found[a:b].double(), eager.double(), truth, torch.finfo(dtype).eps, "out"
-                )
+        truth, eager = (
+            reference.attention_varlen(*(x.to(kind) for x in inputs), *cu, **kwargs).double()
+            for kind in (torch.float64, dtype)
+        )
+    # as one row: of few keys, a row may cancel, and is off by what its scores happen to be off by
+    rows = [x.reshape(1, -1) for x in (first[0], eager, truth)]
+    if truth.shape[:2].numel() >= 64:
+        assert_within(*rows, torch.finfo(dtype).eps, "out")
 
 
 @given(data=st.data(), dtype=DTYPES)
