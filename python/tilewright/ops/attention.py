@@ -120,14 +120,14 @@ def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def checked_window(
-    op: str, q: Tensor, heads: int, causal: bool, window: tuple[int, int] | None,
+    op: str, q: Tensor, causal: bool, window: tuple[int, int] | None,
     softcap: float | None, sinks: Tensor | None,
 ) -> tuple[int, int]:  # fmt: skip
-    """How far back and ahead a query sees, -1 without end."""
+    """How far back and ahead a query of q, whose heads are dimension 1, sees; -1 without end."""
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: softcap must be above 0, not {softcap}")
     if sinks is not None and not (
-        sinks.shape == (heads,) and sinks.device == q.device and sinks.is_floating_point()
+        sinks.shape == (q.size(1),) and sinks.device == q.device and sinks.is_floating_point()
     ):
         raise ValueError(
             f"{op}: sinks {tuple(sinks.shape)} {sinks.dtype} on {sinks.device} are not a float a"
@@ -157,10 +157,8 @@ def _folded(
             )
     begin, end = (x.clamp(0, T).expand(B, S) for x in ranges)
     if left >= 0 or right >= 0:
-        left, right = (
-            min(left, S + T),
-            min(right, S + T),
-        )  # what is more overflows, and hides no more
+        # what is more overflows, and hides no more
+        left, right = min(left, S + T), min(right, S + T)
         here = torch.arange(T - S, T, device=q.device)
         if left >= 0:
             begin = torch.maximum(begin, (here - left).clamp(0, T))
@@ -209,7 +207,7 @@ def attention_with_lse(
     q, k, v = under_autocast(q, k, v)
     if not _fits(q, k, v) or not q.is_floating_point():
         raise ValueError(f"attention: {_misfit(q, k, v)}")
-    left, right = checked_window("attention", q, q.size(1), causal, window, softcap, sinks)
+    left, right = checked_window("attention", q, causal, window, softcap, sinks)
     begin = end = None
     if ranges is not None:
         begin, end = _folded(ranges, q, k.size(2), left, right)

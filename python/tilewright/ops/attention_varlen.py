@@ -49,10 +49,8 @@ def _ranges(
 ) -> tuple[Tensor, Tensor]:
     """Of each packed query the keys it sees: begin, end, int32 [1, Tq].  Sequence n's last query
     stands at its last key."""
-    left, right = (
-        min(left, Tq + Tk),
-        min(right, Tq + Tk),
-    )  # what is more overflows, and hides no more
+    # what is more overflows, and hides no more
+    left, right = min(left, Tq + Tk), min(right, Tq + Tk)
     starts_q, starts_k = starts_q.long(), starts_k.long()
     row = torch.arange(Tq, device=starts_q.device)
     n = torch.searchsorted(starts_q[1:].contiguous(), row, right=True)  # sequences that end before
@@ -97,7 +95,7 @@ def attention_varlen_with_lse(
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     _check_starts(cu_seqlens_k, "cu_seqlens_k", k, sequences)
-    left, right = checked_window("attention_varlen", q, q.size(1), causal, window, softcap, sinks)
+    left, right = checked_window("attention_varlen", q, causal, window, softcap, sinks)
     if q.size(2) > MAX_D or not _op.serves("attention", q):
         return _op.twin("attention_varlen_with_lse")(
             q, k, v, cu_seqlens_q, cu_seqlens_k,
