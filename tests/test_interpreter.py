@@ -81,6 +81,22 @@ def test_a_load_past_the_end(interpreter):
     assert "argument x_ptr, element 10: byte 40 of a storage of 40" in told
 
 
+@triton.jit
+def _scalar_mask_kernel(y_ptr, N, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    row = tl.program_id(0)
+    tl.store(y_ptr + row * BLOCK + i, i, mask=(i < BLOCK - 1) & (row < N))
+
+
+def test_a_mask_that_a_scalar_takes_part_in(interpreter):
+    """It comes as integers: where it is 0 nothing is touched, where 1 each its own place."""
+    y = torch.zeros(2, 8, dtype=torch.int32)
+    with interpreter.recording() as launches:
+        _scalar_mask_kernel[(3,)](y, 2, BLOCK=8)
+    assert launches[0].bytes_stored == launches[0].distinct_bytes_stored == 2 * 7 * 4
+    assert torch.equal(y[:, :7], torch.arange(7, dtype=torch.int32).expand(2, 7))
+
+
 def test_a_store_before_the_start(interpreter):
     told = fault(
         interpreter,

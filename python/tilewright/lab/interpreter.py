@@ -169,7 +169,8 @@ class _Builder(upstream.InterpreterBuilder):
             return
         size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
         address = np.asarray(ptrs.data)
-        chosen = None if mask is None else np.asarray(mask.data)
+        # a mask that a scalar was broadcast into comes as integers
+        chosen = None if mask is None else np.asarray(mask.data).astype(bool)
         if chosen is None or chosen.all():
             address = address.ravel()
         else:
