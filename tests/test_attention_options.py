@@ -280,3 +280,34 @@ def test_sinks_keep_their_dtype(kind, device):
 def test_bad_input(options, message, device):
     with pytest.raises(ValueError, match=f"attention: .*{message}"):
         ops.attention(*drawn(device, (1, 4, 2, 5, 5, 8)), **options)
+
+
+@pytest.mark.parametrize(("D", "Dv"), [(24, 16), (16, 40), (192, 128)])
+@pytest.mark.parametrize("S", [1, 20], ids=["decode", "blocked"])
+def test_values_of_another_width(D, Dv, S, dtype, device):
+    q, k, _ = drawn(device, (1, 4, 2, S, 60, D))
+    _, _, v = drawn(device, (1, 4, 2, S, 60, Dv))
+    if S == 1:  # of one query a key's gradient is one product, which cancels as luck has it
+        q, k, v = (x.detach() for x in (q, k, v))
+    options = {"causal": True, "window": (30, -1)}
+    check_all = ops.attention_with_lse, reference.attention_with_lse
+    assert_matches_reference(*check_all, q, k, v, dtype=dtype, **options)
+    out = ops.attention(q, k, v, **options)
+    assert out.shape == (1, 4, S, Dv)
+    packed = [x[0].transpose(0, 1).detach().requires_grad_() for x in (q, k, v)]
+    cu = [torch.tensor([0, n], device=device) for n in (S, 60)]
+    found = ops.attention_varlen(*packed, *cu, **options)
+    assert torch.equal(found.transpose(0, 1)[None], out)
+
+
+def test_widths_past_the_kernels_run_the_reference(device):
+    q, k, _ = drawn(device, (1, 2, 1, 5, 9, 16))
+    _, _, v = drawn(device, (1, 2, 1, 5, 9, 300))
+    assert torch.equal(ops.attention(q, k, v), reference.attention(q, k, v))
+
+
+def test_on_meta_gives_shapes():
+    q, k, v = (torch.empty(1, 4, 9, 16, device="meta") for _ in range(3))
+    lengths = torch.empty(1, dtype=torch.int32, device="meta")
+    for out in (ops.attention(q, k, v, causal=True), ops.attention_decode(q, k, v, lengths)):
+        assert out.shape == q.shape and out.device.type == "meta"

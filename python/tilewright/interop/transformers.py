@@ -97,7 +97,7 @@ def attention_forward(
             f"tilewright: {name} gives a mask {tuple(attention_mask.shape)} of {attention_mask.dtype}:"
             " the model has changed the ranges that stand for its masks"
         )
-    S, T, D, Dv = query.size(2), key.size(2), query.size(3), value.size(3)
+    S, T = query.size(2), key.size(2)
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal) and S > 1
     if given is None and attention_mask is None and causal:
         given = _causal(query.device, S)
@@ -109,12 +109,11 @@ def attention_forward(
             is_causal=False, softcap=softcap, s_aux=s_aux, position_bias=position_bias, **kwargs,
         )  # fmt: skip
     begin, end = (None, None) if given is None else given[:, 0].unbind(-1)
+    ranges = None if begin is None or end is None else (begin, end)
     out = ops.attention(
-        *(_padded(x, max(D, Dv)) for x in (query, key, value)),
-        ranges=None if begin is None or end is None else (begin, end), softcap=softcap, sinks=s_aux,
-        scale=D**-0.5 if scaling is None else scaling,
-    )  # fmt: skip
-    return out[..., :Dv].transpose(1, 2).contiguous(), None
+        query, key, value, ranges=ranges, softcap=softcap, sinks=s_aux, scale=scaling
+    )
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _causal(device: torch.device | str, S: int) -> Tensor:
@@ -125,10 +124,6 @@ def _causal(device: torch.device | str, S: int) -> Tensor:
 
 def _are_ranges(mask: Tensor) -> bool:
     return mask.dtype == torch.int32 and mask.dim() == 4 and mask.size(3) == 2
-
-
-def _padded(x: Tensor, D: int) -> Tensor:
-    return x if x.size(3) == D else torch.nn.functional.pad(x, (0, D - x.size(3)))
 
 
 def _as_mask(ranges: Tensor, T: int) -> Tensor:

@@ -3,10 +3,12 @@
 B batch, H query heads, G kv heads, S queries, T keys, D head dim.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tilewright import _op
 
@@ -77,8 +79,9 @@ class _Attention(torch.autograd.Function):
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     q_shape, k_shape, device = q.shape, k.shape, q.device
     return (
-        len(q_shape) == len(k_shape) == 4
-        and v.shape == k_shape
+        len(q_shape) == len(k_shape) == v.dim() == 4
+        and v.shape[:3] == k_shape[:3]
+        and v.size(3) > 0
         and k_shape[0] == q_shape[0]
         and k_shape[3] == q_shape[3] > 0
         and k_shape[1] > 0
@@ -94,12 +97,12 @@ def _misfit(q: Tensor, k: Tensor, v: Tensor) -> str:
     if q.dim() != 4 or k.dim() != 4:
         return f"q {tuple(q.shape)}, k {tuple(k.shape)} are not [B, H, S, D] and [B, G, T, D]"
     B, H, _, D = q.shape
-    if v.shape != k.shape:
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
         return f"v {tuple(v.shape)} does not fit k {tuple(k.shape)}"
     if k.shape[0] != B or k.shape[3] != D:
         return f"k {tuple(k.shape)} does not fit q {tuple(q.shape)}"
-    if D == 0:
-        return f"q {tuple(q.shape)} has head dim 0"
+    if D == 0 or v.size(3) == 0:
+        return f"q {tuple(q.shape)}, v {tuple(v.shape)} have head dim 0"
     if k.shape[1] == 0 or H % k.shape[1]:
         return f"{H} query heads are not a multiple of {k.shape[1]} kv heads"
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
@@ -107,10 +110,21 @@ def _misfit(q: Tensor, k: Tensor, v: Tensor) -> str:
     return f"q on {q.device}, k on {k.device}, v on {v.device}"
 
 
+def of_one_width(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """What attends alike with heads as wide as the wider of keys and values, and its scale."""
+    D, Dv = q.size(-1), v.size(-1)
+    scale = D**-0.5 if scale is None else scale
+    if Dv > D:
+        q, k = (pad(x, (0, Dv - D)) for x in (q, k))
+    return q, k, pad(v, (0, D - Dv)) if Dv < D else v, scale
+
+
 def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of the dtype that F.scaled_dot_product_attention would give them."""
     device = q.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return q, k, v
     low = torch.get_autocast_dtype(device)
     q, k, v = (
@@ -169,7 +183,7 @@ def _folded(
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, begin: Tensor | None, end: Tensor | None,
-    left: int, right: int, softcap: float | None, scale: float | None,
+    left: int, right: int, softcap: float | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operators, and their gradients where one is wanted; all is checked."""
     inputs = (q, k, v, sinks)
@@ -179,7 +193,7 @@ def attend(
         left,
         right,
         0.0 if softcap is None else softcap,
-        q.size(3) ** -0.5 if scale is None else scale,
+        scale,
     )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Attention.apply(*inputs, *options)
@@ -200,7 +214,7 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """attention, and the natural logarithm of the softmax's denominator, the sink included.
 
-    -> out [B, H, S, D] of q's dtype, lse [B, H, S] of float32 (float64 of float64 inputs), both
+    -> out [B, H, S, Dv] of q's dtype, lse [B, H, S] of float32 (float64 of float64 inputs), both
     differentiable: what merges partial attentions over disjoint keys.  A row that sees nothing has
     lse -inf.  Arguments and errors are attention's.
     """
@@ -212,12 +226,15 @@ def attention_with_lse(
     if ranges is not None:
         begin, end = _folded(ranges, q, k.size(2), left, right)
         left = right = -1
-    if q.size(3) > MAX_D or not _op.serves("attention", q):
+    if max(q.size(3), v.size(3)) > MAX_D or not _op.serves("attention", q):
         return _op.twin("attention_with_lse")(
             q, k, v, window=(left, right), ranges=None if begin is None else (begin, end),
             softcap=softcap, sinks=sinks, scale=scale,
         )  # fmt: skip
-    return attend(q, k, v, sinks, begin, end, left, right, softcap, scale)
+    width = v.size(3)
+    q, k, v, scale = of_one_width(q, k, v, scale)
+    out, lse = attend(q, k, v, sinks, begin, end, left, right, softcap, scale)
+    return out if out.size(3) == width else out[..., :width], lse
 
 
 def attention(
@@ -234,9 +251,9 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention, softmax(scale q kᵀ) v.
 
-    q [B, H, S, D], k, v [B, G, T, D] with H a multiple of G -> [B, H, S, D], of q's dtype (any
-    float), lying as [B, S, H, D] so that merging heads is a view.  Any strides; head dims to 256
-    have kernels.
+    q [B, H, S, D], k [B, G, T, D], v [B, G, T, Dv] with H a multiple of G -> [B, H, S, Dv], of q's dtype
+    (any float), lying as [B, S, H, D] so that merging heads is a view (not where Dv is less than D).  Any
+    strides; head dims to 256 have kernels, which pad the narrower of keys and values.
 
     Query i stands at key p = i + T - S, as a KV cache needs.  `causal` lets it see keys up to p;
     `window` (left, right) those from p - left to p + right, -1 for no end; `ranges` (begin, end),
@@ -267,3 +284,44 @@ def attention(
         q, k, v, causal=causal, window=window, ranges=ranges,
         softcap=softcap, sinks=sinks, scale=scale,
     )[0]  # fmt: skip
+
+
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """One attention of several over disjoint keys: ring attention's steps, a shared prefix and the rest.
+
+    outs [..., D] each, of one float dtype, and lses [...] each, natural logarithms as attention_with_lse
+    gives them -> out [..., D] of that dtype, lse [...] of float32 (float64 of float64 outs).  A part that
+    sees nothing has lse -inf and does not count; where none sees anything out is 0 and lse -inf.  In torch's
+    own operations, in float32, on any device; differentiable in all.  ValueError where parts do not fit.
+    (attention_varlen's lse is [H, Tq]: it comes transposed.)
+    """
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"merge_attention: {len(outs)} outs and {len(lses)} lses are no parts")
+    first = outs[0]
+    for out, lse in zip(outs, lses, strict=True):
+        if (
+            out.shape != first.shape
+            or out.dim() == 0
+            or lse.shape != first.shape[:-1]
+            or out.dtype != first.dtype
+            or not (out.is_floating_point() and lse.is_floating_point())
+            or not out.device == lse.device == first.device
+        ):
+            raise ValueError(
+                f"merge_attention: out {tuple(out.shape)} {out.dtype} on {out.device} with lse"
+                f" {tuple(lse.shape)} {lse.dtype} on {lse.device} does not fit {tuple(first.shape)}"
+                f" {first.dtype} on {first.device}"
+            )
+    wide = torch.promote_types(first.dtype, torch.float32)
+    lse = torch.stack([x.to(wide) for x in lses])
+    top = lse.detach().amax(0)
+    top = torch.where(top == -torch.inf, 0.0, top)  # -inf - -inf is nan
+    shares = (lse - top).exp()
+    total = shares.sum(0)
+    blind = total == 0
+    total = torch.where(blind, 1.0, total)  # log's slope at 0 is inf
+    merged = torch.zeros_like(first, dtype=wide)
+    for out, part, share in zip(outs, lse, shares / total, strict=True):
+        # a part that sees nothing may hold anything
+        merged = merged + share[..., None] * out.masked_fill((part == -torch.inf)[..., None], 0.0)
+    return merged.to(first.dtype), torch.where(blind, -torch.inf, top + total.log())

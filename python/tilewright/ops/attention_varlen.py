@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from tilewright import _op
-from tilewright.ops.attention import MAX_D, attend, checked_window, under_autocast
+from tilewright.ops.attention import MAX_D, attend, checked_window, of_one_width, under_autocast
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
-        q.dim() == k.dim() == 3
-        and v.shape == k.shape
+        q.dim() == k.dim() == v.dim() == 3
+        and v.shape[:2] == k.shape[:2]
+        and v.size(2) > 0
         and k.size(2) == q.size(2) > 0
         and k.size(1) > 0
         and q.size(1) % k.size(1) == 0
@@ -80,7 +81,7 @@ def attention_varlen_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """attention_varlen, and the natural logarithm of the softmax's denominator, the sink included.
 
-    -> out [Tq, H, D] of q's dtype, lse [H, Tq] of float32 (float64 of float64 inputs), both
+    -> out [Tq, H, Dv] of q's dtype, lse [H, Tq] of float32 (float64 of float64 inputs), both
     differentiable.  Arguments and errors are attention_varlen's.
     """
     q, k, v = under_autocast(q, k, v)
@@ -88,7 +89,7 @@ def attention_varlen_with_lse(
         raise ValueError(
             f"attention_varlen: q {tuple(q.shape)} {q.dtype} on {q.device}, k {tuple(k.shape)} {k.dtype}"
             f" on {k.device}, v {tuple(v.shape)} {v.dtype} on {v.device} are not [Tq, H, D], [Tk, G, D]"
-            " and [Tk, G, D] of one floating-point dtype, H a multiple of G"
+            " and [Tk, G, Dv] of one floating-point dtype, H a multiple of G"
         )
     sequences = cu_seqlens_q.numel() - 1
     _check_starts(cu_seqlens_q, "cu_seqlens_q", q, sequences)
@@ -96,15 +97,17 @@ def attention_varlen_with_lse(
         cu_seqlens_k = cu_seqlens_q
     _check_starts(cu_seqlens_k, "cu_seqlens_k", k, sequences)
     left, right = checked_window("attention_varlen", q, causal, window, softcap, sinks)
-    if q.size(2) > MAX_D or not _op.serves("attention", q):
+    if max(q.size(2), v.size(2)) > MAX_D or not _op.serves("attention", q):
         return _op.twin("attention_varlen_with_lse")(
             q, k, v, cu_seqlens_q, cu_seqlens_k,
             window=(left, right), softcap=softcap, sinks=sinks, scale=scale,
         )  # fmt: skip
     begin, end = _ranges(cu_seqlens_q, cu_seqlens_k, q.size(0), k.size(0), left, right)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    width = v.size(3)
+    q, k, v, scale = of_one_width(q, k, v, scale)
     out, lse = attend(q, k, v, sinks, begin, end, -1, -1, softcap, scale)
-    return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
+    return out[..., :width].squeeze(0).transpose(0, 1), lse.squeeze(0)
 
 
 def attention_varlen(
@@ -122,7 +125,7 @@ def attention_varlen(
 ) -> Tensor:
     """Attention of sequences packed one after another, each to itself.
 
-    q [Tq, H, D], k, v [Tk, G, D] with H a multiple of G -> [Tq, H, D].  Sequence n is queries
+    q [Tq, H, D], k [Tk, G, D], v [Tk, G, Dv] with H a multiple of G -> [Tq, H, Dv].  Sequence n is queries
     cu_seqlens_q[n] to cu_seqlens_q[n + 1] - 1 and keys cu_seqlens_k[n] to cu_seqlens_k[n + 1] - 1
     (without cu_seqlens_k, the same): int32 or int64 [N + 1], rising from 0; a sequence may be empty.
     They stay on the device, where a kernel serves (head dims to 256, no float64), and no longest length is

@@ -3,6 +3,8 @@
 B batch, H query heads, G kv heads, S queries, T keys, D head dim.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,11 +46,11 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q kᵀ) v and the log of its denominator:
 
-    q [B, H, S, D], k, v [B, G, T, D] -> [B, H, S, D], [B, H, S].  The softmax is at least float32, the
+    q [B, H, S, D], k [B, G, T, D], v [B, G, T, Dv] -> [B, H, S, Dv], [B, H, S].  The softmax is at least float32, the
     products of q's dtype.  Under autocast the inputs take its dtype, as torch's do.
     """
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
         q, k, v = (t if t.dtype == torch.float64 else t.to(low) for t in (q, k, v))
         with torch.autocast(device, enabled=False):
@@ -77,7 +79,7 @@ def attention_with_lse(
         lse = scores.logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
     else:
         probs, lse = scores.softmax(-1), scores.logsumexp(-1)
-    out = (probs.to(q.dtype) @ v.unsqueeze(2)).reshape(B, H, S, D)
+    out = (probs.to(q.dtype) @ v.unsqueeze(2)).reshape(B, H, S, v.size(3))
     return out, lse.reshape(B, H, S)
 
 
@@ -98,3 +100,19 @@ def attention(
         q, k, v, causal=causal, window=window, ranges=ranges,
         softcap=softcap, sinks=sinks, scale=scale,
     )[0]  # fmt: skip
+
+
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Attentions [..., D], [...] over disjoint keys, each weighed by its share of the softmax."""
+    wide = torch.promote_types(outs[0].dtype, torch.float32)
+    lse = torch.stack([x.to(wide) for x in lses])
+    top = lse.detach().amax(0)
+    top = torch.where(top == -torch.inf, 0.0, top)  # no part sees a key
+    shares = (lse - top).exp()
+    total = shares.sum(0)
+    blind = total == 0
+    total = torch.where(blind, 1.0, total)
+    out = sum(
+        (share / total)[..., None] * x.to(wide) for share, x in zip(shares, outs, strict=True)
+    )
+    return out.to(outs[0].dtype), torch.where(blind, -torch.inf, top + total.log())
