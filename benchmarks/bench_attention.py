@@ -1,4 +1,4 @@
-"""attention: causal prefill and decode at SmolLM2-135M's sizes, against torch's own.
+"""attention: causal prefill and decode at SmolLM2-135M's sizes and at heads of 128, against torch's own.
 
 B batch, H query heads, G kv heads, S queries, T keys, D head dim.
 """
@@ -17,6 +17,8 @@ OP = "attention"
 TENSOR_CORES = True
 SHAPES: dict[str, dict] = {
     "prefill 512": {"B": 1, "H": 9, "G": 3, "S": 512, "T": 512, "D": 64},
+    "prefill 512, heads of 128": {"B": 1, "H": 16, "G": 4, "S": 512, "T": 512, "D": 128},
+    "prefill 2048, heads of 128": {"B": 1, "H": 16, "G": 4, "S": 2048, "T": 2048, "D": 128},
     "decode 128": {"B": 1, "H": 9, "G": 3, "S": 1, "T": 128, "D": 64},
     "decode 512": {"B": 1, "H": 9, "G": 3, "S": 1, "T": 512, "D": 64},
 }

@@ -75,9 +75,7 @@ def _mask(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, starts: list[int]
     return _dense(q, k, v, attn_mask=seen)
 
 
-def _varlen_attn(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, starts: list[int]
-) -> Tensor:
+def _varlen_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, starts: list[int]) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(b - a for a, b in itertools.pairwise(starts))

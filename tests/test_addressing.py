@@ -45,6 +45,13 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
     w4, w8 = quantised(4), quantised(8)
     q, kv = draw(1, 2, 3, 64), draw(1, 2, 3, 64)
     packed, cu = draw(3, 2, 64), torch.tensor([0, 1, 3])
+    values, three = draw(3, 1, 4, 64), draw(1, 3, 4, 64)
+
+    def append(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        return ops.attention_decode_append_(
+            q, k, v, k_cache, v_cache, torch.tensor([3]), cos=cos, sin=sin
+        )
+
     return {
         "rms_norm": (lambda x: ops.rms_norm(x, weight), row, 0),
         "add_rms_norm": (lambda x: ops.add_rms_norm(x, wide, weight)[0], row, 0),
@@ -60,6 +67,61 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
         "attention k": (lambda x: ops.attention(q, x, kv), kv, 2),
         "attention v": (lambda x: ops.attention(q, kv, x), kv, 2),
         "attention batch": (lambda x: ops.attention(x, x, x), draw(3, 1, 2, 64), 0),
+        "attention_decode page": (
+            lambda x: ops.attention_decode(
+                torch.ones_like(q[:, :, :1]),
+                x,
+                x,
+                torch.tensor([5]),
+                block_table=torch.tensor([[2, 0]]),
+            ),
+            draw(3, 1, 4, 64),
+            0,
+        ),
+        "attention_decode key": (
+            lambda x: ops.attention_decode(torch.ones_like(q[:, :, :1]), x, x, torch.tensor([3])),
+            draw(1, 1, 3, 64),
+            2,
+        ),
+        "attention_decode_append_ page": (
+            lambda x: (
+                ops.attention_decode_append_(
+                    *(q[:, :n, :1] for n in (2, 1, 1)),
+                    x.detach(),
+                    values,
+                    torch.tensor([3]),
+                    block_table=torch.tensor([[2, 0]]),
+                )
+                + 0 * x.sum()
+            ),
+            draw(3, 1, 4, 64),
+            0,
+        ),
+        "attention_decode_append_ heads": (
+            lambda x: (
+                append(*(x[:, :, :1].detach() for _ in range(3)), x.detach(), three) + 0 * x.sum()
+            ),
+            draw(1, 3, 4, 64),
+            1,
+        ),
+        "attention_decode_append_ value heads": (
+            lambda x: (
+                append(*(three[:, :, :1] for _ in range(3)), three.clone(), x.detach())
+                + 0 * x.sum()
+            ),
+            draw(1, 3, 4, 64),
+            1,
+        ),
+        "attention_decode heads": (
+            lambda x: ops.attention_decode(x[:, :, :1], x, x, torch.tensor([3])),
+            draw(1, 3, 4, 64),
+            1,
+        ),
+        "attention_decode_with_lse q": (
+            lambda x: ops.attention_decode_with_lse(x, kv, kv, torch.tensor([3]))[1],
+            draw(1, 2, 3, 64),
+            2,
+        ),
         "attention_varlen q": (
             lambda x: ops.attention_varlen(x, x[:, :1], x[:, :1], cu),
             draw(3, 2, 64),
@@ -68,6 +130,11 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
         "attention_varlen_with_lse k": (
             lambda x: ops.attention_varlen_with_lse(packed, x, x, cu, causal=True)[1],
             draw(3, 1, 64),
+            0,
+        ),
+        "merge_attention out": (
+            lambda x: ops.merge_attention([x, wide], [wide[:, 0].float(), wide[:, 1].float()])[0],
+            row,
             0,
         ),
         "attention_with_lse k": (
@@ -81,7 +148,10 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
 NAMES = (
     "rms_norm", "add_rms_norm", "add_rms_norm residual", "swiglu gate", "swiglu up", "geglu", "rope",
     "rope batch", "quant_linear 4", "quant_linear 8", "attention q", "attention k", "attention v",
-    "attention batch", "attention_with_lse k", "attention_varlen q", "attention_varlen_with_lse k",
+    "attention batch", "merge_attention out", "attention_decode page", "attention_decode key", "attention_decode_append_ page",
+    "attention_decode heads", "attention_decode_append_ heads", "attention_decode_append_ value heads",
+    "attention_decode_with_lse q",
+    "attention_with_lse k", "attention_varlen q", "attention_varlen_with_lse k",
 )  # fmt: skip
 
 

@@ -206,6 +206,57 @@ def test_packed_sequences_are_each_attention(data: st.DataObject, dtype: torch.d
 
 
 @given(data=st.data(), dtype=DTYPES)
+def test_a_cache_on_any_pages_is_the_cache(data: st.DataObject, dtype: torch.dtype):
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    G, group, D = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 5)),
+        draw(st.sampled_from([8, 33, 64])),
+    )
+    B, S, T = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 300))
+    lengths = torch.tensor([draw(st.integers(0, T)) for _ in range(B)])
+    q = rounded(laid_out(draw, (B, G * group, S, D)), dtype).detach()
+    k, v = (rounded(laid_out(draw, (B, G, T, D)), dtype).detach() for _ in range(2))
+    kwargs = {
+        "window": (draw(st.sampled_from([-1, 0, 3, 100])), 0),
+        "softcap": draw(st.sampled_from([None, 2.0])),
+        "sinks": laid_out(draw, (G * group,)).detach() if draw(st.booleans()) else None,
+    }
+    page = draw(st.sampled_from([1, 3, 16, 128]))
+    pages = -(-T // page)
+    table = torch.randperm(B * pages).view(B, pages)
+    whole = draw(st.permutations(range(4)))
+    spread = []
+    for x in (k, v):
+        cache = torch.full((B * pages, G, page, D), torch.nan, dtype=dtype)
+        padded = torch.nn.functional.pad(x, (0, 0, 0, pages * page - T), value=torch.nan)
+        cache[table.flatten()] = padded.unflatten(2, (pages, page)).transpose(1, 2).flatten(0, 1)
+        spread.append(
+            cache.permute(whole).contiguous().permute(torch.tensor(whole).argsort().tolist())
+        )
+    before = bits([q, *spread])
+    with torch.no_grad():
+        found, again = (
+            ops.attention_decode_with_lse(q, *spread, lengths, block_table=table, **kwargs)
+            for _ in range(2)
+        )
+        truth, eager = (
+            reference.attention_decode_with_lse(
+                q.to(kind), k.to(kind), v.to(kind), lengths, **kwargs
+            )
+            for kind in (torch.float64, dtype)
+        )
+    assert same(list(found), list(again)) and same(before, bits([q, *spread]))
+    torch.testing.assert_close(found, ops.attention_decode_with_lse(q, k, v, lengths, **kwargs))
+    # as one row each: of few keys a row may cancel, and is off by what its scores happen to be off by
+    for ours, theirs, true in zip(found, eager, truth, strict=True):
+        rows = [x.double().reshape(1, -1) for x in (ours, theirs, true)]
+        if truth[0].shape[:3].numel() >= 16:
+            assert_within(*rows, torch.finfo(dtype).eps, "result")
+
+
+@given(data=st.data(), dtype=DTYPES)
 def test_quant_linear_on_any_layout(data: st.DataObject, dtype: torch.dtype):
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 1000)))
@@ -235,8 +286,10 @@ def test_quant_linear_on_any_layout(data: st.DataObject, dtype: torch.dtype):
 
 
 def test_every_op_is_drawn():
-    family = [f"attention{kind}{more}" for kind in ("", "_varlen") for more in ("", "_with_lse")]
-    assert sorted([*OPS, *family, "quant_linear"]) == sorted(ops.__all__)
+    kinds = ("", "_decode", "_varlen")
+    family = [f"attention{kind}{more}" for kind in kinds for more in ("", "_with_lse")]
+    others = ["attention_decode_append_", "merge_attention", "quant_linear"]
+    assert sorted([*OPS, *family, *others]) == sorted(ops.__all__)
 
 
 def double(*shape: int) -> Tensor:

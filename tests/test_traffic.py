@@ -6,7 +6,6 @@ loaded again is a formula in the sizes and the tile's shape, here beside the op.
 visits tiles outside its mask exceeds both its loads and its FLOPs.
 """
 
-import itertools
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
@@ -31,6 +30,9 @@ def interpreter():
 
     lab.install()
     return lab
+
+
+attention = harness.load(ROOT / "tests/attention_traffic.py")
 
 
 def definition(op: str) -> ModuleType:
@@ -62,65 +64,6 @@ def glu_loads(e: int, *, rows: int, width: int, packed: bool) -> int:
 
 def rope_loads(e: int, *, tokens: int, heads: int, dim: int, interleaved: bool = False) -> int:
     return tokens * heads * (dim + dim) * e  # the tables once a head
-
-
-def attention_tiles(e: int, S: int, T: int, D: int) -> tuple[int, int, int, list[int]]:
-    """BLOCK_M, BLOCK_N, BLOCK_D, and the keys each block of queries visits."""
-    from tilewright.kernels._tile import padded
-    from tilewright.kernels.attention import FWD
-
-    config = FWD.heuristic(FP32 if e == 4 else BF16, padded(D), True, S)
-    m, n = config["BLOCK_M"], config["BLOCK_N"]
-    ends = [min(first + m + T - S, T) for first in range(0, S, m)]
-    return m, n, padded(D), [ceil(end / n) * n for end in ends]
-
-
-def attention_loads(e: int, *, B: int, H: int, G: int, S: int, T: int, D: int) -> int:
-    *_, visited = attention_tiles(e, S, T, D)
-    return B * H * (S + 2 * sum(min(keys, T) for keys in visited)) * D * e
-
-
-def attention_flops(e: int, *, B: int, H: int, G: int, S: int, T: int, D: int) -> int:
-    m, _, d, visited = attention_tiles(e, S, T, D)
-    return B * H * sum(visited) * m * d * 4
-
-
-def documents(N: int, S: int) -> tuple[list[int], list[int]]:
-    """Of each packed query the first key it sees, and past the last, causal."""
-    starts = definition("attention_varlen").starts_of(N, S)
-    begins = [a for a, b in itertools.pairwise(starts) for _ in range(a, b)]
-    return begins, list(range(1, N * S + 1))
-
-
-def spans(begins: list[int], ends: list[int], block: int, tile: int) -> list[tuple[int, int]]:
-    """Of each block of queries the keys in the tiles it meets: from a whole tile on, to the last key
-    that a tile holds."""
-    found = []
-    for i in range(0, len(begins), block):
-        begin = min(begins[i : i + block]) // tile * tile
-        end = max(ends[i : i + block])
-        found.append((begin, begin + ceil((end - begin) / tile) * tile))
-    return found
-
-
-def varlen_spans(e: int, N: int, S: int, D: int) -> tuple[int, int, list[tuple[int, int]]]:
-    from tilewright.kernels._tile import padded
-    from tilewright.kernels.attention import FWD
-
-    config = FWD.heuristic(FP32 if e == 4 else BF16, padded(D), True, power(N * S))
-    m, n = config["BLOCK_M"], config["BLOCK_N"]
-    return m, padded(D), spans(*documents(N, S), m, n)
-
-
-def varlen_loads(e: int, *, N: int, H: int, G: int, S: int, D: int) -> int:
-    *_, met = varlen_spans(e, N, S, D)
-    keys = sum(min(end, N * S) - begin for begin, end in met)
-    return H * ((N * S + 2 * keys) * D * e + 8 * N * S)  # of a query, where its keys begin and end
-
-
-def varlen_flops(e: int, *, N: int, H: int, G: int, S: int, D: int) -> int:
-    m, d, met = varlen_spans(e, N, S, D)
-    return 4 * H * sum(end - begin for begin, end in met) * m * d
 
 
 def quant_tiles(e: int, M: int, N: int, K: int) -> dict[str, int]:
@@ -173,16 +116,25 @@ CASES = {
             {"B": 2, "H": 2, "G": 1, "S": 40, "T": 170, "D": 48},
             {"B": 1, "H": 3, "G": 3, "S": 1, "T": 100, "D": 128},
         ),
-        attention_loads,
-        attention_flops,
+        attention.attention_loads,
+        attention.attention_flops,
+    ),
+    "attention_decode": (
+        (
+            {"B": 2, "H": 4, "G": 2, "T": 150, "D": 64, "page": 150},
+            {"B": 2, "H": 6, "G": 2, "T": 100, "D": 48, "page": 7},
+            {"B": 1, "H": 3, "G": 1, "T": 700, "D": 64, "page": 16},
+        ),
+        attention.decode_loads,
+        attention.decode_flops,
     ),
     "attention_varlen": (
         (
             {"N": 3, "H": 2, "G": 1, "S": 70, "D": 64},
             {"N": 5, "H": 2, "G": 2, "S": 40, "D": 48},
         ),
-        varlen_loads,
-        varlen_flops,
+        attention.varlen_loads,
+        attention.varlen_flops,
     ),
     "quant_linear": (
         (
@@ -199,6 +151,7 @@ TOLD = {
     "rms_norm": lambda M, N: M,
     "add_rms_norm": lambda M, N: M,
     "attention": lambda B, H, S, **_: B * H * S,
+    "attention_decode": attention.decode_told,
     "attention_varlen": lambda N, H, S, **_: N * S * (H + 2),
 }
 
@@ -270,56 +223,6 @@ def quant_backward(e: int, *, M: int, N: int, K: int, bits: int) -> tuple[int, i
     return 0, loaded, M * K * e, flops
 
 
-def attention_backward(
-    e: int, *, B: int, H: int, G: int, S: int, T: int, D: int
-) -> tuple[int, int, int, int]:
-    from tilewright.kernels._attention_bwd import DKV, DQ
-    from tilewright.kernels._tile import padded
-
-    key = FP32 if e == 4 else BF16, padded(D), True, power(S)
-    dq, dkv = DQ.heuristic(*key), DKV.heuristic(*key)
-    stats = 4 * 4 * B * H * S  # four floats a row, from one kernel to the other
-    m, n, d = dq["BLOCK_M"], dq["BLOCK_N"], padded(D)
-    keys = [min(first + m + T - S, T) for first in range(0, S, m)]
-    visited = [ceil(k / n) * n for k in keys]
-    loaded = B * H * (2 * S + 2 * sum(min(k, T) for k in visited)) * D * e
-    flops = 8 * B * H * sum(visited) * m * d
-    m, n = dkv["BLOCK_M"], dkv["BLOCK_N"]
-    # the queries that see a block of keys, from a whole tile on
-    rows = [max(S - max(first - (T - S), 0) // m * m, 0) for first in range(0, T, n)]
-    loaded += 2 * B * G * T * D * e + B * H * sum(rows) * (2 * D * e + 16)
-    flops += 8 * B * H * sum(ceil(r / m) for r in rows) * m * n * d
-    # with no atomics q, k, v and dout are read by both kernels
-    again = (2 * B * H * S + 2 * B * G * T) * D * e
-    return again + 2 * stats, loaded, (B * H * S + 2 * B * G * T) * D * e + stats, flops
-
-
-def varlen_backward(e: int, *, N: int, H: int, G: int, S: int, D: int) -> tuple[int, int, int, int]:
-    from tilewright.kernels._attention_bwd import DKV, DQ
-    from tilewright.kernels._tile import padded
-
-    T, d = N * S, padded(D)
-    key = FP32 if e == 4 else BF16, d, True, power(T)
-    dq, dkv = DQ.heuristic(*key), DKV.heuristic(*key)
-    begins, ends = documents(N, S)
-    stats = 4 * 4 * H * T
-    m, n = dq["BLOCK_M"], dq["BLOCK_N"]
-    met = spans(begins, ends, m, n)
-    keys = sum(min(end, T) - begin for begin, end in met)
-    loaded = H * ((2 * T + 2 * keys) * D * e + 8 * T)
-    flops = 8 * H * sum(end - begin for begin, end in met) * m * d
-    m, n = dkv["BLOCK_M"], dkv["BLOCK_N"]
-    # a key is seen from its own query on, to its document's last
-    lasts = [max(i for i in range(T) if begins[i] == begins[j]) + 1 for j in range(T)]
-    met = spans(list(range(T)), lasts, n, m)
-    rows = sum(min(end, T) - begin for begin, end in met)
-    loaded += 2 * G * T * D * e + 8 * G * T + H * rows * (2 * D * e + 16 + 8)
-    flops += 8 * H * sum(end - begin for begin, end in met) * n * d
-    again = (2 * H * T + 2 * G * T) * D * e
-    # both kernels ask of a query where its keys begin and end, one of a key which queries see it
-    return again + 2 * stats + 24 * T, loaded, (H * T + 2 * G * T) * D * e + stats, flops
-
-
 BACKWARD: dict[str, tuple[tuple[dict[str, Any], ...], Callable[..., tuple[int, int, int, int]]]]
 BACKWARD = {
     "rms_norm": (NORM[:2], norm_backward(2)),
@@ -328,8 +231,8 @@ BACKWARD = {
     "geglu": (GLU, glu_backward),
     "rope": (CASES["rope"][0], rope_backward),
     "quant_linear": (CASES["quant_linear"][0], quant_backward),
-    "attention": (CASES["attention"][0], attention_backward),
-    "attention_varlen": (CASES["attention_varlen"][0], varlen_backward),
+    "attention": (CASES["attention"][0], attention.attention_backward),
+    "attention_varlen": (CASES["attention_varlen"][0], attention.varlen_backward),
 }
 
 
@@ -404,7 +307,8 @@ def test_a_window_visits_its_tiles_alone(S, T, left, right, dtype, interpreter):
 
 def test_every_op_is_counted():
     ops = [path.stem for path in (ROOT / "python/tilewright/ops").glob("[a-z]*.py")]
-    assert sorted(CASES) == sorted(BACKWARD) == sorted(ops)
+    assert sorted(CASES) == sorted(ops)
+    assert sorted([*BACKWARD, "attention_decode"]) == sorted(ops)  # which has no backward
 
 
 PAGE = harness.load(ROOT / "benchmarks/kernels.py")

@@ -148,6 +148,10 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     "geglu": [{"rows": 9, "width": 300, "packed": True}],
     "rope": [{"tokens": 33, "heads": 3, "dim": 64}],
     "attention": [{"B": 1, "H": 2, "G": 1, "S": 70, "T": 70, "D": 40}],
+    "attention_decode": [
+        {"B": 1, "H": 6, "G": 1, "T": 300, "D": 40, "page": 16},
+        {"B": 5, "H": 2, "G": 1, "T": 70, "D": 64, "page": 70},
+    ],
     "quant_linear": [
         {"M": 3, "N": 40, "K": 384, "bits": 4},
         {"M": 70, "N": 70, "K": 256, "bits": 8},

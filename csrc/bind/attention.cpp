@@ -1,38 +1,15 @@
 // tilewright::attention_fwd and attention_bwd on the CPU.
-#include "../cpu/attention.h"
-
-#include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <cmath>
 #include <tuple>
 
-#include "common.h"
+#include "attention.h"
 #include "direct.h"
 
 namespace tilewright {
 namespace {
-
-using at::Tensor;
-using cpu::AttentionArgs;
-using cpu::AttentionView;
-
-// q [B, H, S, D] against k, v [B, G, T, D]; the rows of a head's values must be dense, no more.
-Tensor dense_rows(const Tensor& x) {
-  return x.size(3) <= 1 || x.stride(3) == 1 ? x : x.contiguous();
-}
-
-AttentionView view(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-
-// [B, N, rows, D] lying as [B, rows, N, D], so that merging heads into features is a view.
-Tensor empty_like_heads(const Tensor& x) {
-  const int64_t B = x.size(0), N = x.size(1), S = x.size(2), D = x.size(3);
-  const auto some = [](int64_t n) { return std::max<int64_t>(n, 1); };
-  return at::detail::empty_strided_cpu(
-      {B, N, S, D}, {some(S) * some(N) * some(D), some(D), some(N) * some(D), 1}, x.scalar_type());
-}
 
 // How a call of attention differs from softmax(q kᵀ) v, as the operators take it.
 struct Options {
@@ -41,21 +18,6 @@ struct Options {
   double softcap;       // 0: none
   double scale;
 };
-
-// Whose address the arguments take.
-Tensor dense(const std::optional<Tensor>& x, at::ScalarType dtype = at::kFloat) {
-  return x ? x->to(dtype).contiguous() : Tensor();
-}
-
-// The first key that any query sees.
-int64_t earliest(const AttentionArgs& a) {
-  if (a.begin == nullptr) return a.S ? std::min(a.from(0, 0), a.T) : 0;
-  int64_t first = a.T;
-  for (int64_t b = 0; b < a.B; ++b)
-    for (int64_t i = 0; i < a.S; ++i)
-      if (a.from(b, i) < a.to(b, i)) first = std::min(first, a.from(b, i));
-  return first;
-}
 
 AttentionArgs arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() && k.size(0) == q.size(0) &&
@@ -79,19 +41,9 @@ AttentionArgs arguments(const char* op, const Tensor& q, const Tensor& k, const 
   const int64_t all = a.S + a.T;
   a.left = o.left < 0 ? all : std::min(o.left, all), a.right = o.right < 0 ? all : std::min(o.right, all);
   a.softcap = float(o.softcap), a.scale = float(o.scale), a.dtype = dtype_of(q, op, "q");
+  a.cache = cpu::Cache(int(a.dtype));
   a.earliest = earliest(a);
   return a;
-}
-
-using Kernel = void (*)(const AttentionArgs&, float*, int64_t, int64_t);
-
-// `each` is the multiply-adds of one item: below about 2^19 of them a fork costs more than it saves.
-void run(Kernel kernel, const AttentionArgs& a, int64_t items, int64_t each, int64_t scratch) {
-  const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 19) / std::max<int64_t>(1, each));
-  at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    const auto space = c10::GetCPUAllocator()->allocate(size_t(scratch) * sizeof(float));
-    kernel(a, static_cast<float*>(space.get()), begin, end);
-  });
 }
 
 // Few rows leave the blocked kernel's lanes empty, and too few tiles to share out a long cache.
@@ -116,20 +68,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, con
         2 * cpu::ATTENTION_LANES * span(a) * a.D, a.blocked_scratch());
     return {out, lse};
   }
-  const int64_t rows = a.S * a.group(), items = a.B * a.G * a.chunks();
-  c10::DataPtr partial;
-  if (a.chunks() > 1) {
-    partial = c10::GetCPUAllocator()->allocate(size_t(items * rows * (a.D + 2)) * sizeof(float));
-    a.partial = static_cast<float*>(partial.get());
-  }
-  // a read of K and V weighs as much as about 4 rows' arithmetic
-  run(TW_PICK(attention_decode), a, items,
-      2 * std::min<int64_t>(a.T, cpu::ATTENTION_CHUNK) * a.D * (rows + 4), a.decode_scratch());
-  if (a.chunks() > 1) {
-    const auto combine = TW_PICK(attention_combine);
-    const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / (a.chunks() * (a.D + 2)));
-    at::parallel_for(0, a.B * a.G * rows, grain, [&](int64_t begin, int64_t end) { combine(a, begin, end); });
-  }
+  decode(a);
   return {out, lse};
 }
 

@@ -22,6 +22,9 @@ struct AttentionRows {
   float *top, *norm, *mean, *drift;
 };
 
+// What k and v of the decode kernels hold: DType's, or numbers of one byte.
+enum class Cache : int { F32 = int(DType::F32), BF16 = int(DType::BF16), F16 = int(DType::F16), I8, E4M3 };
+
 struct AttentionArgs {
   AttentionView q, k, v, out;
   float* lse;                      // forward only: [B, H, S]
@@ -29,6 +32,10 @@ struct AttentionArgs {
   const float* dlse;               // backward only: [B, H, S] or null
   AttentionRows rows;              // backward only: dq writes it, so it runs before dkv
   float* partial;  // decode with more than one chunk: [B, G, chunks, S * R, D + 2]
+  Cache cache;     // decode only
+  const float *k_scale, *v_scale;  // decode only: [G] or null, what k and v are times
+  const int64_t* pages;            // decode only: [B, page_row] or null; key j of batch b is key
+  int64_t page_row, page_size;     // j % page_size of k and v[pages[b, j / page_size]]
   const float* sinks;  // [H] or null: scores of a key more, whose value is 0
   const int32_t *begin, *end;  // [B, S] or null: query i sees keys begin[i] .. end[i] - 1,
   int64_t left, right;         // or where null i + T - S - left .. i + T - S + right
@@ -57,11 +64,13 @@ struct AttentionArgs {
   }
   // Whether query i sees no key, nor a sink: then its output and gradients are 0, and not 0 / 0.
   bool blind(int64_t b, int64_t i) const { return sinks == nullptr && to(b, i) <= from(b, i); }
+  float key_scale(int64_t g) const { return k_scale ? k_scale[g] : 1.f; }
+  float value_scale(int64_t g) const { return v_scale ? v_scale[g] : 1.f; }
   // floats of scratch each thread needs
   int64_t blocked_scratch() const {
     return 4 * (ATTENTION_LANES + ATTENTION_BLOCK) * (padded() + ATTENTION_LANES);
   }
-  int64_t decode_scratch() const { return S * group() * (padded() + ATTENTION_CHUNK); }
+  int64_t decode_scratch() const { return 4 * (padded() + ATTENTION_CHUNK); }
 };
 
 // Items: prefill and dq [B * G * row_tiles], dkv [B * G * key_tiles], decode [B * G * chunks],

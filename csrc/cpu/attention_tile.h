@@ -142,7 +142,7 @@ template <class T> Rows stage(const T* from, int64_t stride, int64_t count, int6
   for (int64_t j = 0; j < count; ++j) convert(from + j * stride, space + j * D, D);
   return {space, D};
 }
-Rows stage(const float* from, int64_t stride, int64_t count, int64_t D, float* space) {
+inline Rows stage(const float* from, int64_t stride, int64_t count, int64_t D, float* space) {
   // far-apart rows are copied: at a stride of whole pages they would share a few cache sets
   return stride <= 2 * D ? Rows{from, stride} : stage<float>(from, stride, count, D, space);
 }
@@ -209,6 +209,9 @@ TW_INLINE float first_score(const AttentionArgs& a, int64_t h) {
   return !a.sinks || a.sinks[h] < LOWEST ? LOWEST : a.sinks[h];  // nan stays
 }
 TW_INLINE float first_sum(const AttentionArgs& a) { return a.sinks ? 1.f : 0.f; }
+
+// The log of a row's denominator.
+TW_INLINE float lse_of(float top, float sum) { return top == LOWEST ? -INF : top + __builtin_logf(sum); }
 
 // What the products q . k are multiplied by: the cap takes scores divided by it.
 TW_INLINE float score_factor(const AttentionArgs& a) { return a.softcap != 0.f ? a.scale / a.softcap : a.scale; }

@@ -160,6 +160,8 @@ def inspect(
 
     if _native.INTERPRET:
         raise ValueError("TRITON_INTERPRET=1: what it jits cannot be compiled")
+    if backward and not hasattr(definition, "backward_cost"):
+        raise ValueError(f"{definition.OP} has no backward kernels")
     kind = DTYPES[dtype]
     kernels = []
     for launch in _interpreted(definition, dtype, backward, sizes, programs):

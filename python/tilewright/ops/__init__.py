@@ -1,7 +1,12 @@
 """The public functions: validate, call the operator, autograd.  reference/ has their twins."""
 
 from tilewright.ops.add_rms_norm import add_rms_norm
-from tilewright.ops.attention import attention, attention_with_lse
+from tilewright.ops.attention import attention, attention_with_lse, merge_attention
+from tilewright.ops.attention_decode import (
+    attention_decode,
+    attention_decode_append_,
+    attention_decode_with_lse,
+)
 from tilewright.ops.attention_varlen import attention_varlen, attention_varlen_with_lse
 from tilewright.ops.geglu import geglu
 from tilewright.ops.quant_linear import quant_linear
@@ -12,10 +17,14 @@ from tilewright.ops.swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "attention",
+    "attention_decode",
+    "attention_decode_append_",
+    "attention_decode_with_lse",
     "attention_varlen",
     "attention_varlen_with_lse",
     "attention_with_lse",
     "geglu",
+    "merge_attention",
     "quant_linear",
     "rms_norm",
     "rope",

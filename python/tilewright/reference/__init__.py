@@ -1,7 +1,12 @@
 """The specification of every op, in eager PyTorch: same names and signatures as ops/."""
 
 from tilewright.reference.add_rms_norm import add_rms_norm
-from tilewright.reference.attention import attention, attention_with_lse
+from tilewright.reference.attention import attention, attention_with_lse, merge_attention
+from tilewright.reference.attention_decode import (
+    attention_decode,
+    attention_decode_append_,
+    attention_decode_with_lse,
+)
 from tilewright.reference.attention_varlen import attention_varlen, attention_varlen_with_lse
 from tilewright.reference.geglu import geglu
 from tilewright.reference.quant_linear import quant_linear
@@ -12,10 +17,14 @@ from tilewright.reference.swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "attention",
+    "attention_decode",
+    "attention_decode_append_",
+    "attention_decode_with_lse",
     "attention_varlen",
     "attention_varlen_with_lse",
     "attention_with_lse",
     "geglu",
+    "merge_attention",
     "quant_linear",
     "rms_norm",
     "rope",
