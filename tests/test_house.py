@@ -35,7 +35,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "_op": ({"_native", "reference", "kernels", "lab"}, BASE),  # lab: under the interpreter
     "ops": ({"_op", "_native", "kernels", "quant_tensor"}, BASE),
     "testing": ({"ops", "reference", "quant_tensor"}, BASE),
-    "nn": ({"ops", "quant_tensor"}, BASE),
+    "nn": ({"masks", "ops", "quant_tensor"}, BASE),
     "quant": ({"ops", "quant_tensor"}, BASE | {"gguf", "numpy", "safetensors"}),
     "models": (
         {"nn", "ops", "quant", "quant_tensor"},

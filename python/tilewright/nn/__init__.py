@@ -1,7 +1,10 @@
 """Drop-in modules: subclasses of torch.nn where one exists, with its state dict."""
 
+from tilewright.nn import functional
 from tilewright.nn.add_rms_norm import AddRMSNorm
+from tilewright.nn.attention import Attention, KVCache
 from tilewright.nn.geglu import GeGLU
+from tilewright.nn.multihead_attention import MultiheadAttention
 from tilewright.nn.quant_linear import QuantLinear
 from tilewright.nn.rms_norm import RMSNorm
 from tilewright.nn.rope import RotaryEmbedding
@@ -9,9 +12,13 @@ from tilewright.nn.swiglu import SwiGLU
 
 __all__ = [
     "AddRMSNorm",
+    "Attention",
     "GeGLU",
+    "KVCache",
+    "MultiheadAttention",
     "QuantLinear",
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",
+    "functional",
 ]

@@ -1,0 +1,110 @@
+"""nn.functional against torch.nn.functional: the same arguments, the same results."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tilewright import ops
+from tilewright.nn import functional
+from tilewright.testing import assert_matches_reference, run
+
+# q's shape, k's and v's, arguments, and whether our kernels serve them
+CASES = {
+    "full": ((2, 3, 20, 16), (2, 3, 30, 16), {}, True),
+    "causal": ((2, 3, 60, 16), (2, 3, 60, 16), {"is_causal": True}, True),
+    "causal_short": ((2, 3, 7, 16), (2, 3, 60, 16), {"is_causal": True}, True),
+    "causal_long": ((2, 3, 60, 16), (2, 3, 7, 16), {"is_causal": True}, True),
+    "one_query": ((2, 3, 1, 16), (2, 3, 9, 16), {"is_causal": True}, True),
+    "scale": ((2, 3, 20, 16), (2, 3, 20, 16), {"scale": 0.7}, True),
+    "gqa": ((2, 6, 20, 16), (2, 3, 20, 16), {"enable_gqa": True, "is_causal": True}, True),
+    "no_batch": ((3, 20, 16), (3, 20, 16), {"is_causal": True}, True),
+    "two_batches": ((2, 2, 3, 20, 16), (2, 2, 3, 20, 16), {}, True),
+    "no_queries": ((2, 3, 0, 16), (2, 3, 30, 16), {}, True),
+    "no_keys": ((2, 3, 5, 16), (2, 3, 0, 16), {}, True),
+    "no_batches": ((0, 3, 5, 16), (0, 3, 5, 16), {"is_causal": True}, True),
+    "no_head": ((2, 0, 5, 16), (2, 0, 5, 16), {}, False),
+    "no_heads": ((20, 16), (30, 16), {}, False),
+    "broadcast": ((2, 3, 20, 16), (1, 3, 20, 16), {}, False),
+    "wide": ((1, 1, 5, 264), (1, 1, 5, 264), {}, False),
+}
+
+
+def drawn(q_shape, k_shape, device, dtype=torch.float32):
+    shapes = (q_shape, k_shape, k_shape)
+    return [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """The calls of ops.attention."""
+    calls = []
+    attention = ops.attention
+
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "attention", counting)
+    return calls
+
+
+@pytest.mark.parametrize(("q", "k", "arguments", "ours"), CASES.values(), ids=CASES.keys())
+def test_matches_torch(q, k, arguments, ours, dtype, device, attended):
+    assert_matches_reference(
+        functional.scaled_dot_product_attention,
+        F.scaled_dot_product_attention,
+        *drawn(q, k, device),
+        dtype=dtype,
+        **arguments,
+    )
+    assert bool(attended) == ours
+
+
+def test_values_of_another_width(device, attended):
+    q, k, v = (torch.randn(1, 2, 9, d, device=device, requires_grad=True) for d in (16, 16, 24))
+    f = functional.scaled_dot_product_attention, F.scaled_dot_product_attention
+    assert_matches_reference(*f, q, k, v, dtype=torch.float32)
+    assert not attended
+
+
+@pytest.mark.parametrize("mask", ["bool", "float"])
+def test_masks_and_dropout_are_torchs(mask, device, attended):
+    q, k, v = drawn((2, 3, 20, 16), (2, 3, 30, 16), device)
+    seen = torch.rand(20, 30, device=device) > 0.3
+    mask = seen if mask == "bool" else torch.where(seen, 0.5, -torch.inf)
+    found, expected = (
+        run(f, [q, k, v], {"attn_mask": mask})
+        for f in (functional.scaled_dot_product_attention, F.scaled_dot_product_attention)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    drops = []
+    for f in (functional.scaled_dot_product_attention, F.scaled_dot_product_attention):
+        torch.manual_seed(3)
+        drops.append(f(q, k, v, dropout_p=0.5))
+    assert torch.equal(*drops) and not attended
+
+
+def test_float64_is_torchs(device, attended):
+    q, k, v = drawn((2, 3, 20, 16), (2, 3, 20, 16), device, torch.float64)
+    found = functional.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(found, F.scaled_dot_product_attention(q, k, v)) and not attended
+
+
+def test_compiles_fullgraph(device):
+    def f(q, k, v):
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    inputs = drawn((2, 3, 20, 16), (2, 3, 30, 16), device)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    found, expected = run(compiled, inputs, {}), run(f, inputs, {})
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_errors_are_torchs(device):
+    q, k, v = (x.detach() for x in drawn((2, 3, 20, 16), (2, 3, 20, 16), device))
+    for bad in ((q, k[..., :8], v), (q, k, v.double()), (q, k[:, :2], v[:, :2])):
+        with pytest.raises(RuntimeError) as expected:
+            F.scaled_dot_product_attention(*bad)
+        with pytest.raises(RuntimeError) as found:
+            functional.scaled_dot_product_attention(*bad)
+        assert str(found.value) == str(expected.value)
