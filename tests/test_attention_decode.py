@@ -77,11 +77,25 @@ def check(q, k, v, lengths, page, dtype, **options):
     return ours
 
 
-@pytest.mark.parametrize("page", [0, 16], ids=["whole", "paged"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+# every shape with nothing and with all; each option alone where lengths, queries and tiles are several
+CASES = [
+    *(
+        (shape, option, page)
+        for shape in SHAPES
+        for option, page in (("plain", 0), ("everything", 16))
+    ),
+    *(
+        (shape, option, page)
+        for shape, page in (("lengths", 16), ("queries", 0), ("tiles", 16))
+        for option in ("window", "softcap", "sinks")
+    ),
+]
+
+
+@pytest.mark.parametrize(("shape", "options", "page"), CASES)
 def test_matches_reference(shape, options, page, dtype, device):
-    check(*drawn(*shape, device), page, dtype, **options_of(options, shape[1], device))
+    drawn_inputs = drawn(*SHAPES[shape], device)
+    check(*drawn_inputs, page, dtype, **options_of(OPTIONS[options], SHAPES[shape][1], device))
 
 
 @pytest.mark.parametrize("page", PAGES)
