@@ -253,13 +253,14 @@ CPP = [
         ("    const Vec a = exp(old - top);\n    Vec sum", "    const Vec a = set1(1.f);\n    Vec sum"),
         ("    if (a.softcap != 0.f) cap(scores, nullptr, count, x.vectors, a.softcap);", ""),
     ),
+    # where ranges end anywhere: a cache's queries see one key more each
+    *of("attention_decode.cpp", "attention", ("last = most(last, a.to(b, (row + r) / R))", "last = a.to(b, (row + r) / R)")),
     *of(
         "attention_decode.cpp",
         "attention_decode",
         ("int64_t j = most(0, least(a.to(b, i) - j0, count))", "int64_t j = count"),
         ("j < least(a.from(b, i) - j0, vectors)", "j < 0"),
         ("j0 = a.earliest + c * CHUNK", "j0 = c * CHUNK"),
-        ("last = most(last, a.to(b, (row + r) / R))", "last = a.to(b, (row + r) / R)"),
         ("(c == 0 ? first_sum(a) * exp(start - m[r]) : 0.f)", "0.f"),
         ("first_score(a, g * R + (row + r) % R);", "LOWEST;"),
         ("    sum += part[1] * weight;", "    sum += part[1];"),
