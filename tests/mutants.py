@@ -114,7 +114,7 @@ TRITON = [
         ("tl.where(d < R // 2, -1.0, 1.0)", "1.0"),
         ("tl.where(d % 2 == 0, -1.0, 1.0)", "1.0"),
         ("        column = i * 2 if INTERLEAVED and DOUBLED else i", "        column = i"),
-        ("    small = (size * 512.0 + 12582912.0)", "    small = (size * 512.0 + 12582912.5)"),
+        ("    small = (size * 512.0 + 12582912.0)", "    small = (size * 512.0 + 12582913.0)"),
         ("((bits >> 20) & 1)) >> 20)", "1) >> 20)"),
         ("    code = tl.where(x != x, 0x7F, code)\n", ""),
         ("    size = tl.minimum(tl.abs(x), 448.0)", "    size = tl.abs(x)"),
