@@ -51,3 +51,19 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def attended(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The calls of ops.attention."""
+    from tilewright import ops
+
+    calls = []
+    attention = ops.attention
+
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "attention", counting)
+    return calls

@@ -262,16 +262,10 @@ def test_compiles_fullgraph(device):
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_turned_keys_of_one_byte(kind, device):
-    """A turned key is rounded to q's dtype before it is to one byte; where the last bit of the first decides
-    the second, codes are neighbours."""
+    """A turned key is rounded to q's dtype before it is to one byte."""
     given = drawn(device, 2, torch.bfloat16, kind) | tables(32, False, device)
     given["k_scale"] = torch.full((G,), 0.02, device=device)
-    spec, ours = cloned(given), cloned(given)
-    reference.attention_decode_append_(**spec)
-    ops.attention_decode_append_(**ours)
-    found, expected = (x["k_cache"].float() for x in (ours, spec))
-    assert (found != expected).sum() <= 0.02 * given["k"].numel()
-    torch.testing.assert_close(found, expected, atol=1.0, rtol=0.15)
+    check(given, torch.bfloat16, exact_keys=False)
 
 
 def test_tables_of_no_columns_turn_nothing(device):

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tilewright import ops
 from tilewright.nn import functional
 from tilewright.testing import assert_matches_reference, run
 
@@ -32,20 +31,6 @@ CASES = {
 def drawn(q_shape, k_shape, device, dtype=torch.float32):
     shapes = (q_shape, k_shape, k_shape)
     return [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
-
-
-@pytest.fixture
-def attended(monkeypatch):
-    """The calls of ops.attention."""
-    calls = []
-    attention = ops.attention
-
-    def counting(*args, **kwargs):
-        calls.append(args)
-        return attention(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "attention", counting)
-    return calls
 
 
 @pytest.mark.parametrize(("q", "k", "arguments", "ours"), CASES.values(), ids=CASES.keys())

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tilewright import ops
 from tilewright.nn import MultiheadAttention
 from tilewright.testing import assert_matches_reference
 
@@ -62,20 +61,6 @@ MASKS = {
     "weights": ({"need_weights": True}, False),
     "weights_by_head": ({"need_weights": True, "average_attn_weights": False}, False),
 }
-
-
-@pytest.fixture
-def attended(monkeypatch):
-    """The calls of ops.attention."""
-    calls = []
-    attention = ops.attention
-
-    def counting(*args, **kwargs):
-        calls.append(args)
-        return attention(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "attention", counting)
-    return calls
 
 
 def pair(device: str, **form):

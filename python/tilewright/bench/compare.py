@@ -1,11 +1,12 @@
 """`tilewright bench compare OLD.json NEW.json`: what became slower, beyond noise.
 
 Times of two runs are not compared: machines drift.  What is compared is each row's speed-up over
-eager, taken in turns within each run.  Noise is the two runs' spans from the 20th to the 80th percentile
-of that ratio, as shares of it, together: the median of either run may lie anywhere in its own.
+eager, taken in turns within each run.  Noise is that of a difference of two: the root of the sum of the
+squares of their spans from the 20th to the 80th percentile of that ratio, as shares of it.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
         if was is None:
             continue
         before_ratio, ratio = was["speedup_over"]["eager"], row["speedup_over"]["eager"]
-        noise = _span(was) + _span(row)
+        noise = math.hypot(_span(was), _span(row))
         changes.append(Change(_key(row), before_ratio, ratio, before_ratio / ratio - 1, noise))
     if not changes:
         raise ValueError("the two share no row")
