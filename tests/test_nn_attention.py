@@ -68,15 +68,22 @@ def test_is_transformers_layer(family, device):
     if family is gpt_oss:  # whose tables are halves
         cos, sin = cos[..., : D // 2], sin[..., : D // 2]
     hidden = torch.full((S, S), -torch.inf, device=device).triu(1)[None, None]
-    results = []
-    for layer, out in ((theirs, theirs(x, (cos, sin), hidden)[0]), (ours, ours(x))):
+
+    def results(layer: torch.nn.Module, x: torch.Tensor, out: torch.Tensor) -> dict:
         leaves = {"x": x, **dict(layer.named_parameters())}
         grads = torch.autograd.grad(out.square().sum(), list(leaves.values()))
-        results.append({"out": out, **dict(zip(leaves, grads, strict=True))})
-    assert results[0].keys() == results[1].keys()
-    for name, expected in results[0].items():
-        scale = expected.abs().max().item()
-        torch.testing.assert_close(results[1][name], expected, atol=2e-5 * scale, rtol=1e-4)
+        named = {"out": out, **dict(zip(leaves, grads, strict=True))}
+        return {name: value.detach().double() for name, value in named.items()}
+
+    found = [results(theirs, x, theirs(x, (cos, sin), hidden)[0]), results(ours, x, ours(x))]
+    with eager():
+        wide, wide_x = copy.deepcopy(ours).double(), x.detach().double().requires_grad_()
+        bound, truth = results(ours, x, ours(x)), results(wide, wide_x, wide(wide_x))
+    eps = torch.finfo(x.dtype).eps
+    for side in found:
+        assert side.keys() == truth.keys()
+        for name, value in side.items():
+            assert_within(value, bound[name], truth[name], eps, name)
 
 
 OPTIONS = {
