@@ -113,9 +113,13 @@ def test_is_attention_where_the_cache_is_full(dtype, device):
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("page", [0, 16], ids=["whole", "paged"])
-def test_one_byte_caches(kind, page, dtype, device):
-    q, k, v, lengths = drawn(*SHAPES["lengths"], device)
+@pytest.mark.parametrize(
+    ("shape", "page"),
+    [("lengths", 0), ("lengths", 16), ("odd", 0)],
+    ids=["whole", "paged", "one_split"],
+)
+def test_one_byte_caches(kind, shape, page, dtype, device):
+    q, k, v, lengths = drawn(*SHAPES[shape], device)
     q = q.to(dtype)
     if kind == torch.int8:
         k, v = ((x * 40).round().clamp(-128, 127).to(kind) for x in (k, v))
