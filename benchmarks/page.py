@@ -223,6 +223,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"no op on record under {results}", file=sys.stderr)
         return 2
     out = Path(arguments[0])
+    out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(out.name + ".part")
     draft.write_text(page(reports))
     draft.replace(out)
