@@ -33,7 +33,7 @@ def cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize("definition, shape, dtype, provider", cases())
 def test_speed(definition, shape, dtype, provider, benchmark):
-    inputs = definition.inputs(dtype, harness.device(), **definition.SHAPES[shape])
+    inputs = harness.drawn(definition, shape, dtype)
     torch.compiler.reset()
     wrong = verified(harness.chosen(definition, [provider]), inputs, dtype, grad=False)
     benchmark.extra_info["outside_tolerance"] = wrong[provider]

@@ -102,9 +102,9 @@ def _attention_decode_kernel(
     at = b * stride_qb + h * stride_qh + i.to(tl.int64) * stride_qs
     q = tl.load(q_ptr + at[:, None] + d[None, :], mask=mask, other=0.0)
     m0, l0 = first_score(sinks_ptr, h, HAS_SINKS)
-    # the sink's share is the first split's
+    # the sink's share is the first split's: beside a maximum of LOWEST the others' sums weigh nothing
     m = tl.where(share == 0, tl.zeros((BLOCK_M,), tl.float32) + m0, LOWEST)
-    l = tl.where(share == 0, tl.zeros((BLOCK_M,), tl.float32) + l0, 0.0)
+    l = tl.zeros((BLOCK_M,), tl.float32) + l0
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     value_scale = 1.0
     if HAS_SCALES:

@@ -95,10 +95,7 @@ TRITON = [
         ("    hi = tl.minimum(length - S + i + 1, length)\n    lo = rows * 0", "    hi = rows * 0 + length\n    lo = rows * 0"),
         ("        lo = tl.maximum(length - S + i - left, 0)\n        #", "        lo = rows * 0\n        #"),
         ("        first = tl.maximum(length - S + first_row // GROUP - left, 0)", "        first = 0"),
-        (
-            "    m = tl.where(share == 0, tl.zeros((BLOCK_M,), tl.float32) + m0, LOWEST)\n    l = tl.where(share == 0, tl.zeros((BLOCK_M,), tl.float32) + l0, 0.0)",
-            "    m = tl.zeros((BLOCK_M,), tl.float32) + m0\n    l = tl.zeros((BLOCK_M,), tl.float32) + l0",
-        ),
+        ("    m = tl.where(share == 0, tl.zeros((BLOCK_M,), tl.float32) + m0, LOWEST)", "    m = tl.zeros((BLOCK_M,), tl.float32) + m0"),
         ("        scale = scale * tl.load(k_scale_ptr + g)", "        scale = scale * tl.load(k_scale_ptr)"),
         ("        value_scale = tl.load(v_scale_ptr + g)\n    k_ptr", "        value_scale = 1.0\n    k_ptr"),
         ("        value_scale = tl.load(v_scale_ptr + g)\n    out", "        value_scale = 1.0\n    out"),
@@ -350,10 +347,6 @@ CPP = [
 
 # Mutants that live, and why.
 SURVIVORS = {
-    "    l = tl.where(share == 0, tl.zeros((BLOCK_M,), tl.float32) + l0, 0.0)": (
-        "the other splits begin at the maximum LOWEST, beside which a sum weighs nothing in what follows:"
-        " this line alone, or the maximum's, counts a sink once; without both it is counted in each split"
-    ),
     "tl.where((norm < 0)[None, :], 0.0, dp - mean[None, :])": (
         "a row that sees one key has dP equal to its mean in the interpreter, whose two products"
         " round alike; tensor cores of two tile shapes do not"

@@ -88,6 +88,12 @@ def test_backward_yields_every_gradient(definition):
     assert grad.shape == (4,) and inputs["x"].grad is None
 
 
+def test_a_row_is_of_the_same_numbers_each_time(definition):
+    shape = next(iter(definition.SHAPES))
+    first, again = (harness.drawn(definition, shape, torch.float32)["x"] for _ in range(2))
+    assert torch.equal(first, again)
+
+
 def test_rivals_take_turns():
     order: list[str] = []
     rivals = {name: lambda name=name: order.append(name) for name in "ab"}

@@ -35,9 +35,8 @@ def answer(console: Console, quick: bool) -> None:
 
 def errors(definition: ModuleType, dtype: torch.dtype, shape: str) -> tuple[float, float, str]:
     """Our largest error against float64 and eager's, over outputs and gradients; why it fails,
-    or "" where the tolerance rule holds.  Of the same numbers each time."""
-    torch.manual_seed(0)
-    inputs = definition.inputs(dtype, harness.device(), **definition.SHAPES[shape])
+    or "" where the tolerance rule holds."""
+    inputs = harness.drawn(definition, shape, dtype)
     named = list(inputs)
 
     def results(kind: torch.dtype) -> list[Tensor]:
@@ -91,8 +90,7 @@ def op_table(console: Console, directory: Path, quick: bool) -> list[str]:
         for shape, dtype in _cases(definition, quick):
             with console.status(f"{definition.OP} {shape} {dtype}"):
                 mine, eagers, failure = errors(definition, dtype, shape)
-                inputs = definition.inputs(dtype, harness.device(), **definition.SHAPES[shape])
-                mode = harness.modes(inputs)[-1]
+                mode = harness.modes(harness.drawn(definition, shape, dtype))[-1]
                 line = harness.row(definition, shape, dtype, mode, 0.2 if quick else 0.6)
             over = line["speedup_over"]
             table.add_row(

@@ -142,8 +142,7 @@ def row(
     """One line of an op's results: every provider at one shape, dtype and mode."""
     sizes = definition.SHAPES[shape]
     place = device()
-    torch.manual_seed(0)  # what is verified is the same each time
-    inputs = definition.inputs(dtype, place, **sizes)
+    inputs = drawn(definition, shape, dtype)
     torch.compiler.reset()  # a shape seen before must not make the compiled rival's sizes dynamic
     providers = chosen(definition, against)
     wrong = verified(providers, inputs, dtype, grad=mode != "fwd")
@@ -213,6 +212,12 @@ def smallest(definition: ModuleType, dtype: torch.dtype) -> dict[str, Any]:
     return min(definition.SHAPES.values(), key=lambda sizes: definition.cost(dtype, **sizes)[0])
 
 
+def drawn(definition: ModuleType, shape: str, dtype: torch.dtype) -> dict[str, Any]:
+    """An op's inputs at one of its shapes, on device(): the same numbers each time."""
+    torch.manual_seed(0)
+    return dict(definition.inputs(dtype, device(), **definition.SHAPES[shape]))
+
+
 def modes(inputs: dict[str, Any]) -> list[str]:
     """Forward; and forward with backward where an input requires a gradient."""
     trains = any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
@@ -226,7 +231,7 @@ def _op_rows(
     rows = []
     for shape in shapes:
         for dtype in definition.DTYPES[: 1 if quick else None]:
-            inputs = definition.inputs(dtype, device(), **definition.SHAPES[shape])
+            inputs = drawn(definition, shape, dtype)
             for mode in modes(inputs):
                 seconds = 0.2 if quick else 1.0
                 rows.append(row(definition, shape, dtype, mode, seconds, against))
