@@ -17,7 +17,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from suite import ROOT, op_tests, ops, testsuite
 
 BENCHMARKS = ROOT / "benchmarks"
 TAIL = 2000  # characters kept of what a failed step said
+CORES = 2  # for each test file that runs at a time
 LEAST = 20.0  # seconds below which a step is not begun
 
 
@@ -41,6 +44,7 @@ class Run:
         self.end = time.monotonic() + 60 * minutes
         self.results: dict[str, Any] = {"name": "gpu", "quick": True, "left_out": [], "seconds": {}}
         self.path: Path | None = None
+        self.writing = threading.Lock()  # of the results too, while they are written
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -48,10 +52,15 @@ class Run:
     def write(self) -> None:
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".part")
-        draft.write_text(json.dumps(self.results, indent=1) + "\n")
-        draft.replace(self.path)
+        with self.writing:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            draft = self.path.with_suffix(".part")
+            draft.write_text(json.dumps(self.results, indent=1) + "\n")
+            draft.replace(self.path)
+
+    def leave_out(self, what: str) -> None:
+        with self.writing:
+            self.results["left_out"].append(what)
 
     def step(
         self, name: str, command: list[str], most: float
@@ -60,7 +69,7 @@ class Run:
         could not begin or end."""
         limit = min(most, self.left())
         if limit < LEAST:
-            self.results["left_out"].append(f"{name}: no time left")
+            self.leave_out(f"{name}: no time left")
             return None
         print(f"== {name}", flush=True)
         start = time.monotonic()
@@ -69,10 +78,11 @@ class Run:
                 command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit
             )
         except subprocess.TimeoutExpired:
-            self.results["left_out"].append(f"{name}: cut after {limit:.0f} s")
+            self.leave_out(f"{name}: cut after {limit:.0f} s")
             return None
         finally:
-            self.results["seconds"][name] = round(time.monotonic() - start, 1)
+            with self.writing:
+                self.results["seconds"][name] = round(time.monotonic() - start, 1)
         return done
 
 
@@ -104,7 +114,8 @@ def test(run: Run) -> None:
     run.results["tests"] = found
     names = sorted(path.stem for path in ROOT.glob("tests/test_*.py"))
     first = [Path(path).stem for path in op_tests()]
-    for name in (*first, *(n for n in names if n not in first)):
+
+    def one(name: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             command = [
@@ -120,18 +131,23 @@ def test(run: Run) -> None:
             limit = min(150.0, run.left() - 150)
             done = run.step(f"tests/{name}.py", [*command, f"tests/{name}.py"], limit)
             if done is None:
-                continue
+                return
             suite = testsuite(report)
         if suite is None:
-            found[name] = {"error": (done.stdout + done.stderr)[-TAIL:]}
-            continue
+            with run.writing:
+                found[name] = {"error": (done.stdout + done.stderr)[-TAIL:]}
+            return
         bad = [
             f"{case.get('name')}: {(fault.get('message') or '')[:300]}"
             for case in suite.iter("testcase")
             for fault in (*case.findall("failure"), *case.findall("error"))
         ]
-        found[name] = {"tests": int(suite.get("tests", 0)), "failed": bad}
+        with run.writing:
+            found[name] = {"tests": int(suite.get("tests", 0)), "failed": bad}
         run.write()
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // CORES)) as pool:
+        list(pool.map(one, [*first, *(n for n in names if n not in first)]))
     passed = []
     for op in ops():
         mine = [n for n in names if n == f"test_{op}" or n.startswith(f"test_{op}_")]
@@ -159,7 +175,7 @@ def bench(run: Run) -> None:
 def sanitize(run: Run) -> None:
     tool = shutil.which("compute-sanitizer")
     if tool is None or run.results["gpu"] is None:
-        run.results["left_out"].append("compute-sanitizer: not installed, or no GPU")
+        run.leave_out("compute-sanitizer: not installed, or no GPU")
         return
     found: dict[str, str] = {}
     run.results["sanitizer"] = found
