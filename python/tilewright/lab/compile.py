@@ -121,7 +121,12 @@ def _assemble(ptx: str, arch: int) -> tuple[int, int, int, tuple[str, ...]]:
     return int(registers[1]), int(frame[2]) + int(frame[3]), int(frame[1]), warnings
 
 
-def _operands(ttir: str) -> str | None:
+def _operands(asm: dict[str, Any]) -> str | None:
+    """Of what products are taken."""
+    if "ttir" not in asm:  # Gluon's
+        dots = re.findall(r"warp_group_dot .*? : .*?x(b?f\d+)[,>]", asm["ttgir"])
+        return str(dots[0]) if dots else None
+    ttir = asm["ttir"]
     dots = re.findall(r"tt\.dot (.*?) : tensor<[\dx]*x(\w+)>", ttir)
     if not dots:
         return None
@@ -162,7 +167,12 @@ def compiled(variant: tuple[Any, ...], arch: int, divisible: Collection[str] | N
             if t.startswith("*") or (t != "constexpr" and _is_wide(name, constants))
         ]
     wide = {(j,): [["tt.divisibility", 16]] for j, name in enumerate(types) if name in divisible}
-    source = ASTSource(kernel, types, constants, wide)
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source = GluonASTSource(kernel, types, constants, wide)
+    else:
+        source = ASTSource(kernel, types, constants, wide)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -171,7 +181,9 @@ def build(
 ) -> Built:
     """Compile one variant (see compiled); what went wrong is in `error`."""
     kernel, signature, constants, options = variant
-    pointees = dict.fromkeys(t[1:] for t in signature.values() if t.startswith("*"))
+    pointees = dict.fromkeys(
+        re.findall(r"^(?:\*|tensordesc<)(\w+)", "\n".join(signature.values()), re.M)
+    )
     about: dict[str, Any] = {
         "file": file,
         "kernel": kernel.__name__,
@@ -187,7 +199,7 @@ def build(
     except Exception as error:  # the compiler's own kinds are not public
         return Built(**about, error=f"{type(error).__name__}: {error}"[:2000])
     registers, spills, stack, warnings = assembled
-    shared, warps = built.metadata.shared, options.get("num_warps", 4)
+    shared, warps = built.metadata.shared, built.metadata.num_warps
     return Built(
         **about,
         registers=registers,
@@ -195,7 +207,7 @@ def build(
         stack=stack,
         shared=shared,
         resident_warps=CHIPS[arch].resident_warps(warps, registers, shared),
-        dot=_operands(built.asm["ttir"]),
+        dot=_operands(built.asm),
         matrix=next((name for name, text in MATRIX.items() if re.search(text, ptx)), None),
         **_loads(ptx),
         warnings=warnings,
@@ -203,8 +215,9 @@ def build(
 
 
 def _loads(ptx: str) -> dict[str, Any]:
-    loads = re.findall(r"^.*\b(?:ld\.global|cp\.async\.c[ag])\S*.*$", ptx, re.M)
-    wide = r"\.v4\.[bfu]32|\.v2\.[bu]64|, 0x10\b|, 16\b"
+    copies = r"ld\.global|cp\.async\.c[ag]|cp\.async\.bulk\.tensor\S*\.shared::cluster\.global"
+    loads = re.findall(rf"^.*\b(?:{copies})\S*.*$", ptx, re.M)
+    wide = r"cp\.async\.bulk|\.v4\.[bfu]32|\.v2\.[bu]64|, 0x10\b|, 16\b"
     return {"loads": len(loads), "wide_loads": sum(bool(re.search(wide, x)) for x in loads)}
 
 
@@ -266,9 +279,11 @@ def built(names: Sequence[str], archs: Sequence[int]) -> Iterator[Built]:
             for arch in archs:
                 yield from build_cuda(name, arch)
             continue
-        for variant in importlib.import_module(f"tilewright.kernels.{name}").variants():
+        kernels = importlib.import_module(f"tilewright.kernels.{name}")
+        for variant in kernels.variants():
             for arch in archs:
-                yield build(name, variant, arch)
+                if arch in getattr(kernels, "ARCHS", archs):
+                    yield build(name, variant, arch)
 
 
 HEAD = (
