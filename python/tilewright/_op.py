@@ -123,7 +123,7 @@ def _cpu_route(op: str, is_served: bool) -> Route:
 def _cuda_route(op: str) -> Route:
     if not HAS_TRITON:
         return Route(op, "cuda", "reference (eager PyTorch)", "triton is not installed")
-    why = "passed on a GPU" if op in PROVEN_ON_GPU else "not yet run on a GPU"
+    why = "passed on a GPU" if op in PROVEN_ON_GPU else "not yet proven on a GPU"
     return Route(op, "cuda", "Triton", why)
 
 
