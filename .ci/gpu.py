@@ -11,30 +11,31 @@ python .ci/gpu.py --launch OP          one forward and backward of OP, for the s
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from suite import ROOT, op_tests, ops, testsuite
+from suite import ROOT, op_tests, ops
 
 BENCHMARKS = ROOT / "benchmarks"
 TAIL = 2000  # characters kept of what a failed step said
-CORES = 2  # for each test file that runs at a time
+SHARE = 150.0  # seconds that the tests leave to the rest
+PATHS = os.pathsep.join((str(ROOT / "python"), str(ROOT / ".ci")))
 LEAST = 20.0  # seconds below which a step is not begun
 
 
 def environment() -> dict[str, str]:
     modes = ("TRITON_INTERPRET", "TILEWRIGHT_CPU_ISA")
     clean = {key: value for key, value in os.environ.items() if key not in modes}
-    return clean | {"PYTHONPATH": str(ROOT / "python"), "HF_HUB_OFFLINE": "1"}
+    return clean | {"PYTHONPATH": PATHS, "HF_HUB_OFFLINE": "1"}
 
 
 class Run:
@@ -44,7 +45,6 @@ class Run:
         self.end = time.monotonic() + 60 * minutes
         self.results: dict[str, Any] = {"name": "gpu", "quick": True, "left_out": [], "seconds": {}}
         self.path: Path | None = None
-        self.writing = threading.Lock()  # of the results too, while they are written
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -52,38 +52,39 @@ class Run:
     def write(self) -> None:
         if self.path is None:
             return
-        with self.writing:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.path.with_suffix(".part")
-            draft.write_text(json.dumps(self.results, indent=1) + "\n")
-            draft.replace(self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_suffix(".part")
+        draft.write_text(json.dumps(self.results, indent=1) + "\n")
+        draft.replace(self.path)
 
     def leave_out(self, what: str) -> None:
-        with self.writing:
-            self.results["left_out"].append(what)
+        self.results["left_out"].append(what)
 
     def step(
-        self, name: str, command: list[str], most: float
+        self, name: str, command: list[str], most: float, told: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str] | None:
         """Run it within `most` seconds and what is left; None, and named as left out, where it
-        could not begin or end."""
+        could not begin or end.  What it started ends with it."""
         limit = min(most, self.left())
         if limit < LEAST:
             self.leave_out(f"{name}: no time left")
             return None
         print(f"== {name}", flush=True)
         start = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment() | (told or {}), text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit
-            )
+            stdout, stderr = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
             self.leave_out(f"{name}: cut after {limit:.0f} s")
             return None
         finally:
-            with self.writing:
-                self.results["seconds"][name] = round(time.monotonic() - start, 1)
-        return done
+            self.results["seconds"][name] = round(time.monotonic() - start, 1)
+        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 def build(run: Run) -> None:
@@ -109,51 +110,67 @@ def about(run: Run, output: Path | None) -> None:
 
 
 def test(run: Run) -> None:
-    """Every test file by itself, the ops' first: one that hangs costs only itself."""
-    found: dict[str, dict[str, Any]] = {}
+    """Every test, the ops' first, as many at a time as xdist and the processors allow."""
+    first = op_tests()
+    others = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*.py"))
+    files = [*first, *(path for path in others if path not in first)]
+    # the benchmarks and the sanitizer have their share of the time
+    limit = max(run.left() - SHARE, run.left() / 2)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "outcomes"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "outcomes"]
+        if importlib.util.find_spec("xdist"):
+            workers = max(1, (os.cpu_count() or 1) * 3 // 4)
+            command += ["-n", str(workers), "--maxschedchunk", "4"]
+        done = run.step("tests", [*command, *files], limit, {"OUTCOMES": str(log)})
+        lines = log.read_text().splitlines() if log.exists() else []
+    found, not_run = outcomes(lines, files)
     run.results["tests"] = found
-    names = sorted(path.stem for path in ROOT.glob("tests/test_*.py"))
-    first = [Path(path).stem for path in op_tests()]
-
-    def one(name: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.xml"
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-m",
-                "not slow",
-                f"--junit-xml={report}",
-            ]
-            # the benchmarks and the sanitizer have their share
-            limit = min(150.0, run.left() - 150)
-            done = run.step(f"tests/{name}.py", [*command, f"tests/{name}.py"], limit)
-            if done is None:
-                return
-            suite = testsuite(report)
-        if suite is None:
-            with run.writing:
-                found[name] = {"error": (done.stdout + done.stderr)[-TAIL:]}
-            return
-        bad = [
-            f"{case.get('name')}: {(fault.get('message') or '')[:300]}"
-            for case in suite.iter("testcase")
-            for fault in (*case.findall("failure"), *case.findall("error"))
-        ]
-        with run.writing:
-            found[name] = {"tests": int(suite.get("tests", 0)), "failed": bad}
-        run.write()
-
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // CORES)) as pool:
-        list(pool.map(one, [*first, *(n for n in names if n not in first)]))
+    for name, tests in not_run.items():
+        run.leave_out(f"{name}: {tests} tests not run")
+    if done is not None and done.returncode not in (0, 1):
+        run.results["tests_said"] = (done.stdout + done.stderr)[-TAIL:]
     passed = []
+    stems = [Path(path).stem for path in files]
     for op in ops():
-        mine = [n for n in names if n == f"test_{op}" or n.startswith(f"test_{op}_")]
-        if mine and all(found.get(n, {}).get("tests") and not found[n]["failed"] for n in mine):
+        mine = [n for n in stems if n == f"test_{op}" or n.startswith(f"test_{op}_")]
+        told = [found[n] for n in mine if n in found]
+        if told and not any(n in not_run for n in mine) and not any(t["failed"] for t in told):
             passed.append(op)
     run.results["tests_passed"] = passed if run.results["gpu"] else []
+
+
+def outcomes(
+    lines: list[str], files: list[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+    """Of what outcomes.py wrote, cut short or not: by test file how many ran and which failed, and how many
+    did not run.  A file of which nothing is known is not in the first, and counts 1 in the second where
+    not even its tests were collected."""
+    told = []
+    for line in lines:
+        try:
+            told.append(json.loads(line))
+        except json.JSONDecodeError:  # the last, half written
+            break
+    collected = next((entry["collected"] for entry in told if "collected" in entry), None)
+    ran: dict[str, set[str]] = {}
+    failed: dict[str, list[str]] = {}
+    for entry in told:
+        if "test" not in entry:
+            continue
+        path, _, name = entry["test"].partition("::")
+        ran.setdefault(Path(path).stem, set()).add(name)
+        if entry["outcome"] == "failed":
+            failed.setdefault(Path(path).stem, []).append(f"{name}: {entry['said']}")
+    found = {n: {"tests": len(ran[n]), "failed": failed.get(n, [])} for n in sorted(ran)}
+    if collected is None:
+        return found, {Path(path).stem: 1 for path in files if Path(path).stem not in ran}
+    wanted: dict[str, set[str]] = {}
+    for test in collected:
+        path, _, name = test.partition("::")
+        wanted.setdefault(Path(path).stem, set()).add(name)
+    missing = {n: len(tests - ran.get(n, set())) for n, tests in wanted.items()}
+    return found, {n: count for n, count in missing.items() if count}
 
 
 def bench(run: Run) -> None:
@@ -233,13 +250,16 @@ def main() -> int:
     for step in (test, bench, sanitize):
         step(run)
         run.write()
-    failed = [
-        n for n, found in run.results["tests"].items() if found.get("error") or found.get("failed")
-    ]
+    failed = [n for n, found in run.results["tests"].items() if found["failed"]]
     print(f"tests failed: {', '.join(failed) or 'none'}")
     print(f"left out: {'; '.join(run.results['left_out']) or 'nothing'}")
     print(f"written to {run.path}")
-    return int(bool(failed) or run.results["build"] is False or "bench_failed" in run.results)
+    return int(
+        bool(failed)
+        or "tests_said" in run.results
+        or run.results["build"] is False
+        or "bench_failed" in run.results
+    )
 
 
 if __name__ == "__main__":

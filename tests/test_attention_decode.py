@@ -363,16 +363,17 @@ def test_bad_input(change, message):
     ],
     ids=str,
 )
-def test_the_operator_never_reads_elsewhere(lengths, table, nearest):
+def test_the_operator_never_reads_elsewhere(lengths, table, nearest, device):
     """Called past the public function too: it raises, or where a GPU could not, takes the nearest."""
-    inputs = {name: torch.randn(x.shape) for name, x in bad().items() if name != "cache_seqlens"}
+    shapes = {name: x.shape for name, x in bad().items() if name != "cache_seqlens"}
+    inputs = [torch.randn(shape, device=device) for shape in shapes.values()]
 
     def call(lengths, table):
-        table = None if table is None else torch.tensor(table, dtype=torch.int32)
-        given = (*inputs.values(), torch.tensor(lengths), table)
+        table = None if table is None else torch.tensor(table, dtype=torch.int32, device=device)
+        given = (*inputs, torch.tensor(lengths, device=device), table)
         return decode(*given, None, None, None, 0, -1, 0.0, 1.0)[0]
 
-    (route,) = [r for r in _op.explain() if r[:2] == ("attention_decode", "cpu")]
+    (route,) = [r for r in _op.explain() if r[:2] == ("attention_decode", device)]
     if route.implementation.startswith("C++"):
         with pytest.raises(ValueError, match="attention_decode: "):
             call(lengths, table)

@@ -66,7 +66,8 @@ def rounded(x: Tensor, group: int) -> Tensor:
     width = 32 if group % 32 == 0 else group
     blocks = []
     for block in x.float().split(width, dim=1):
-        scale = block.abs().amax(dim=1, keepdim=True) / 127
+        # by a tensor: a GPU divides by a number as it multiplies with its inverse
+        scale = block.abs().amax(dim=1, keepdim=True) / torch.tensor(127.0, device=x.device)
         codes = torch.where(scale > 0, block / scale, 0.0).round()
         blocks.append(codes * scale)
     return torch.cat(blocks, dim=1)

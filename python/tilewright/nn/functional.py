@@ -3,8 +3,11 @@
 What no kernel of ours does goes to torch's own.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tilewright import ops
 
@@ -31,9 +34,13 @@ def scaled_dot_product_attention(
     than keys, batches that broadcast.
     """
     if attn_mask is not None or dropout_p != 0.0 or not _ours(query, key, value, enable_gqa):
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        # of no heads torch's fused CUDA kernels make None
+        empty = query.dim() >= 3 and query.size(-3) == 0
+        with sdpa_kernel(SDPBackend.MATH) if empty else nullcontext():
+            return torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal,
+                scale=scale, enable_gqa=enable_gqa,
+            )  # fmt: skip
     S, T = query.size(-2), key.size(-2)
     q, k, v = (x.unsqueeze(0) if x.dim() == 3 else x.flatten(0, -4) for x in (query, key, value))
     ranges = None
