@@ -36,9 +36,17 @@ addEventListener("load", () => {
 
 
 def op_reports(results: Path) -> list[dict[str, Any]]:
-    """Reports of ops whose rows carry bytes and FLOPs, by device and name."""
-    found = [json.loads(path.read_text()) for path in sorted(results.rglob("*.json"))]
-    return [r for r in found if r.get("rows") and all("flops" in row for row in r["rows"])]
+    """Reports of ops whose rows carry bytes and FLOPs, by device and name; make gpu's file is one of each
+    op that its rows name."""
+    found = []
+    for path in sorted(results.rglob("*.json")):
+        report = json.loads(path.read_text())
+        ops = dict.fromkeys(row.get("op") for row in report.get("rows", ()))
+        for op in ops:
+            rows = [row for row in report["rows"] if row.get("op") == op]
+            named = {} if op is None else {"name": op, "command": "make gpu"}
+            found.append({**report, **named, "rows": rows})
+    return [r for r in found if all("flops" in row for row in r["rows"])]
 
 
 def case(row: dict[str, Any]) -> str:

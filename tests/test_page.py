@@ -63,6 +63,17 @@ def test_losses_are_told_first_and_marked(page, results, tmp_path):
     assert not re.search(r'(src|href)="(?!data:)', text)  # nothing from elsewhere
 
 
+def test_what_is_on_record_makes_a_page(page, tmp_path):
+    """The project's own results: of each device, and of make gpu's file each op."""
+    out = tmp_path / "page.html"
+    assert page.main([str(out)]) == 0
+    text = out.read_text()
+    for path in (ROOT / "benchmarks/results").iterdir():
+        assert f" on {path.name}</h2>" in text
+    gpu = list((ROOT / "benchmarks/results").glob("*/gpu.json"))
+    assert not gpu or "make gpu" in text
+
+
 def test_nothing_on_record_exits_2(page, tmp_path, capsys):
     assert page.main([str(tmp_path / "page.html"), str(tmp_path)]) == 2
     assert "no op on record" in capsys.readouterr().err and not list(tmp_path.glob("page*"))
