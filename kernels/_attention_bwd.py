@@ -27,6 +27,7 @@ from ._tile import (
     divisor,
     first_score,
     heads_last,
+    hopper,
     key,
     key_range,
     load_rows,
@@ -269,8 +270,14 @@ def attention_bwd(
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     dout = dout.transpose(1, 2).contiguous()
     dq, dk, dv = heads_last(q), heads_last(k), heads_last(k)
-    stats = q.new_empty(B, H, 4, S, dtype=torch.float32)
     flags = options.flags(S, T)
+    fast = hopper("_attention_hopper_bwd", q.device) if dq.numel() and dk.numel() else None
+    if fast is not None and fast.fits(q, k, v, flags, right):
+        dlse = None if dlse is None else dlse.contiguous()
+        douts = dout.transpose(1, 2)
+        fast.attention_hopper_bwd(douts, dlse, q, k, v, dq, dk, dv, flags["RIGHT"], scale)
+        return dq, dk, dv, q.new_empty(0, dtype=torch.float32)
+    stats = q.new_empty(B, H, 4, S, dtype=torch.float32)
     sunk = {"HAS_SINKS": flags.pop("HAS_SINKS"), "HAS_DLSE": dlse is not None}
     fixed = {"GROUP": H // G, "HEAD_DIM": D, "BLOCK_D": padded(D), "enable_fp_fusion": True} | flags
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])

@@ -205,7 +205,7 @@ def _attention_hopper_kernel(
 TILES = {64: (128, 128, 3), 128: (128, 128, 2), 256: (128, 64, 2)}  # BLOCK_M, BLOCK_N, STAGES
 
 
-def _layout(D: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+def layout_of(dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(128, dtype.itemsize * 8, rank=4)
 
 
@@ -232,10 +232,10 @@ def _aligned(x: Tensor) -> bool:
     )
 
 
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     D = x.shape[3]
     strides = [s if n > 1 else D for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, D], _layout(D, x.dtype))
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, D], layout_of(x.dtype))
 
 
 def attention_hopper(
@@ -245,7 +245,7 @@ def attention_hopper(
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
     M, N, stages = TILES[D]
     _attention_hopper_kernel[(triton.cdiv(S, M), H, B)](
-        *(_descriptor(x, rows) for x, rows in ((q, M // 2), (k, N), (v, N), (out, M // 2))),
+        *(descriptor(x, rows) for x, rows in ((q, M // 2), (k, N), (v, N), (out, M // 2))),
         lse, H, S, T, scale * LOG2_OF_E.value,
         GROUP=H // G, CAUSAL=causal, HEAD_DIM=D, BLOCK_M=M, BLOCK_N=N, STAGES=stages, num_warps=4,
     )  # fmt: skip
@@ -256,7 +256,7 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
     found = []
     for D, (M, N, stages) in TILES.items():
         types = {
-            f"{x}_desc": f"tensordesc<bf16[1, 1, {rows}, {D}],{_layout(D, torch.bfloat16)!r}>"
+            f"{x}_desc": f"tensordesc<bf16[1, 1, {rows}, {D}],{layout_of(torch.bfloat16)!r}>"
             for x, rows in (("q", M // 2), ("k", N), ("v", N), ("out", M // 2))
         }
         types |= {"lse_ptr": "*fp32"} | dict.fromkeys(("H", "S", "T"), "i32") | {"scale": "fp32"}

@@ -5,6 +5,10 @@ j <= p + right where RIGHT (causal is right = 0); or, under RANGES, those from b
 end[i], whatever p.
 """
 
+import functools
+import importlib
+import os
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -192,6 +196,24 @@ def heads_last(x: Tensor) -> Tensor:
     """Empty [B, N, S, D] lying as [B, S, N, D]."""
     B, N, S, D = x.shape
     return x.new_empty(B, S, N, D).transpose(1, 2)
+
+
+PROVEN = ("_attention_hopper",)  # whose tests passed on a GPU
+
+
+@functools.cache
+def hopper(name: str, device: torch.device) -> ModuleType | None:
+    """kernels/<name>.py, of Gluon, where it can run: on a Hopper GPU, unless TILEWRIGHT_HOPPER is 0; what
+    has not passed its tests on a GPU only where that is 1."""
+    wanted = os.environ.get("TILEWRIGHT_HOPPER", "")
+    if device.type != "cuda" or wanted == "0" or not (name in PROVEN or wanted == "1"):
+        return None
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        return importlib.import_module(f".{name}", __package__)
+    except ImportError:  # another Triton's Gluon
+        return None
 
 
 class Options(NamedTuple):

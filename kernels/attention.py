@@ -6,10 +6,6 @@ do to its scores, is in _tile.py.  Softmax and sums are float32 in base 2.  The 
 _attention_bwd.py.
 """
 
-import functools
-import os
-from types import ModuleType
-
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +25,7 @@ from ._tile import (
     divisor,
     first_score,
     heads_last,
+    hopper,
     key,
     key_range,
     load_rows,
@@ -135,21 +132,6 @@ def _heuristic(dtype: torch.dtype, BLOCK_D: int, causal: bool, S: int) -> Config
 FWD = Tunable("attention_fwd", ("attention",), KEYS, _heuristic, space)
 
 
-@functools.cache
-def _hopper(device: torch.device) -> ModuleType | None:
-    """_attention_hopper, where it can run and is not switched off."""
-    if (
-        os.environ.get("TILEWRIGHT_HOPPER") == "0"
-        or torch.cuda.get_device_capability(device)[0] != 9
-    ):
-        return None
-    try:
-        from . import _attention_hopper
-    except ImportError:  # another Triton's Gluon
-        return None
-    return _attention_hopper
-
-
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, begin: Tensor | None, end: Tensor | None,
     left: int, right: int, softcap: float, scale: float,
@@ -163,9 +145,9 @@ def attention_fwd(
     if lse.numel() == 0:
         return out, lse
     flags = options.flags(S, T)
-    hopper = _hopper(q.device) if q.is_cuda else None
-    if hopper is not None and hopper.fits(q, k, v, flags, right):
-        hopper.attention_hopper(q, k, v, out, lse, flags["RIGHT"], scale)
+    fast = hopper("_attention_hopper", q.device)
+    if fast is not None and fast.fits(q, k, v, flags, right):
+        fast.attention_hopper(q, k, v, out, lse, flags["RIGHT"], scale)
         return out, lse
     config = FWD(q.device, *key(q, flags))
     _attention_fwd_kernel[(triton.cdiv(S, config["BLOCK_M"]), B * H)](

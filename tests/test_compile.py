@@ -64,6 +64,9 @@ SPILLS: dict[tuple[str, str, int, str], dict[int, int]] = {
     ("_attention_dq_kernel", "f32", 128, "all"): {120: 88},
     ("_attention_dq_kernel", "f32", 128, "ranges"): {120: 32},
     ("_attention_dq_kernel", "f32", 256, "ranges"): {80: 64, 90: 24, 100: 40, 120: 24},
+    # sums of ds k and of p k, and a tile's scores twice: 224 of a thread's 240 registers
+    ("_attention_hopper_dq_kernel", "bf16", 128, "plain"): {90: 144},
+    ("_attention_hopper_dkv_kernel", "bf16", 128, "plain"): {90: 32},
 }
 
 

@@ -40,13 +40,21 @@ class _Partition(threading.Thread):
         self.turn.acquire()
         try:
             if self.program.fault is None:
-                self.function(*self.arguments)
-                self.done = True
-                self.program.pass_turn()
+                with torch.no_grad():  # which a thread does not inherit
+                    self.function(*self.arguments)
+                    self.done = True
+                    self.program.pass_turn()
         except SystemExit:
             pass
         except BaseException as fault:  # the launch raises it
             self.program.stop(fault)
+
+
+class _Copy:
+    """A copy under way; a slow one lands when nothing else can go on."""
+
+    def __init__(self, land: Callable[[], None], slow: bool):
+        self.land, self.slow = land, slow
 
 
 class _Program:
@@ -55,7 +63,7 @@ class _Program:
     def __init__(self, seed: object):
         self.random = random.Random(str(seed))
         self.partitions: list[_Partition] = []
-        self.copies: list[Callable[[], None]] = []
+        self.copies: list[_Copy] = []
         self.fault: BaseException | None = None
 
     def run(self, parts: Sequence[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
@@ -70,12 +78,22 @@ class _Program:
         if self.copies:
             raise RuntimeError(f"{len(self.copies)} copies are under way where the program ends")
 
+    def copy(self, land: Callable[[], None]) -> None:
+        self.copies.append(_Copy(land, self.random.random() < 0.25))
+
+    def land(self, copy: "_Copy") -> None:
+        self.copies.remove(copy)
+        copy.land()
+
     def pass_turn(self) -> None:
         """To a partition that can go on, copies landing between."""
         while not all(p.done for p in self.partitions):
             able = [p for p in self.partitions if not p.done and p.ready()]
-            if self.copies and (not able or self.random.random() < 0.3):
-                self.copies.pop(self.random.randrange(len(self.copies)))()
+            quick = [copy for copy in self.copies if not copy.slow]
+            if self.copies and not able:
+                self.land(self.random.choice(quick or self.copies))
+            elif quick and self.random.random() < 0.3:
+                self.land(self.random.choice(quick))
             elif able:
                 self.random.choice(able).turn.release()
                 return
@@ -155,6 +173,10 @@ class _Shared:
         _step()
         self.data.copy_(x)
 
+    def load(self, layout: None) -> Tensor:
+        _step()
+        return self.data.clone()
+
 
 class _Barrier:
     """Completes a phase when `count` have arrived and all bytes that are expected have."""
@@ -212,7 +234,7 @@ class _TMA:
             to.data[here] = source.tensor[there]
             barrier.settle(0, -source.block_type.nbytes)
 
-        _program.copies.append(land)
+        _program.copy(land)
 
     @staticmethod
     def async_copy_shared_to_global(to: Descriptor, at: Sequence[int], source: _Shared) -> None:
@@ -298,6 +320,11 @@ class _Language:
         if dtype == torch.int64:
             return _Barriers(_Barrier() for _ in range(shape[0]))
         return _Shared(torch.full(shape, float("nan"), dtype=dtype))
+
+    @staticmethod
+    def load(at: Pointer, mask: Tensor, other: float) -> Tensor:
+        assert isinstance(at.at, Tensor)
+        return torch.where(mask, at.tensor[torch.where(mask, at.at, 0)], other)
 
     @staticmethod
     def store(to: Pointer, x: Tensor, mask: Tensor) -> None:
