@@ -17,7 +17,8 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama; `context` is the most positions it takes, eos the ids that end a text.
+    """Sizes of a Llama; `context` is the most positions it takes, eos the ids that end a text, windows
+    how many keys each layer's queries see, 0 for all (none: all see all).
 
     Raises ValueError where the sizes do not fit each other.
     """
@@ -34,6 +35,7 @@ class LlamaConfig:
     rope: Rope
     qk_norm: bool = False
     eos: tuple[int, ...] = ()
+    windows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -48,6 +50,8 @@ class LlamaConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"llama: {name} must be 1 or more, not {getattr(self, name)}")
+        if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
+            raise ValueError(f"llama: windows {self.windows} do not fit {self.layers} layers")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"llama: {self.heads} heads do not divide into {self.kv_heads} kv heads"
@@ -69,9 +73,6 @@ class LlamaConfig:
         try:
             heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
             head_dim = int(config.get("head_dim") or hidden // max(heads, 1))
-            context, window = int(config["max_position_embeddings"]), config.get("sliding_window")
-            if window and config.get("use_sliding_window", kind == "mistral"):
-                context = min(context, int(window))  # up to here a window changes nothing
             eos = config.get("eos_token_id")
             if (path / "generation_config.json").is_file():
                 eos = read_json(path / "generation_config.json").get("eos_token_id", eos)
@@ -84,9 +85,10 @@ class LlamaConfig:
                 head_dim=head_dim,
                 vocab_size=int(config["vocab_size"]),
                 norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                context=context,
+                context=int(config["max_position_embeddings"]),
                 rope=Rope.from_config(config, head_dim),
                 qk_norm=kind == "qwen3",
+                windows=_windows(config, kind),
                 eos=tuple(
                     int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None
                 ),
@@ -148,3 +150,16 @@ class LlamaConfig:
         except (TypeError, ValueError) as error:
             told = str(error).removeprefix(f"{file.path}: ")
             raise ValueError(f"{file.path}: {told}") from error
+
+
+def _windows(config: Mapping[str, Any], kind: str) -> tuple[int, ...]:
+    """Each layer's window, as transformers has it: of the layers that layer_types names, else of those from
+    max_window_layers on."""
+    window, layers = int(config.get("sliding_window") or 0), int(config["num_hidden_layers"])
+    if not window or not config.get("use_sliding_window", kind == "mistral"):
+        return ()
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = int(config.get("max_window_layers", 0)) if kind != "mistral" else 0
+        return tuple(window if i >= first else 0 for i in range(layers))
+    return tuple(window if each == "sliding_attention" else 0 for each in kinds)

@@ -110,6 +110,8 @@ class _Layer(torch.nn.Module):
             c.kv_heads,
             c.head_dim,
         )
+        seen = c.windows[index] if c.windows else 0
+        self.window = (seen - 1, -1) if seen else None
         self.eps, self.rotated, self.scale = c.norm_eps, c.rope.dim, c.head_dim**-0.5
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
         self.input_norm = _norm(source, f"{at}.input_layernorm", c.hidden_size, c.norm_eps)
@@ -151,7 +153,7 @@ class _Layer(torch.nn.Module):
         q, k = qk[:, :H], qk[:, H:]
         if cache is not None:
             k, v = cache.store(self.index, k, v)
-        a = ops.attention(q, k, v, causal=True, scale=self.scale)
+        a = ops.attention(q, k, v, causal=True, window=self.window, scale=self.scale)
         x = parts["o"](a.transpose(1, 2).reshape(B, S, -1))
         post_weight = parts["post_norm"]._parameters["weight"]
         n, residual = ops.add_rms_norm(x, residual, post_weight, self.eps)
