@@ -1,5 +1,5 @@
 """Attention's Hopper kernel: its arithmetic and its barriers as Python, for there is no interpreter of
-Gluon; on a Hopper GPU the kernel itself."""
+Gluon.  On a Hopper GPU test_attention.py runs the kernel itself."""
 
 from collections.abc import Callable
 from pathlib import Path
