@@ -42,6 +42,21 @@ def test_noise_is_that_of_both_runs(speedup: float, lost: bool):
     assert change.noise == pytest.approx(0.04 * 2**0.5) and change.lost == lost
 
 
+def test_what_the_allocator_takes_is_not_judged(tmp_path, capsys):
+    """Nor hides what else was lost; nothing but such rows is nothing to say 0 of."""
+    old, new = report(2.0, 20.0), report(2.0, 8.0)
+    new["rows"][1]["allocator_bound"] = True
+    code, out, _ = run(tmp_path, old, new, capsys)
+    assert code == 0 and "+150.0%" in out and "not judged" in out and "LOSS" not in out
+    new["rows"][0]["speedup_over"]["eager"] = 1.0
+    code, out, _ = run(tmp_path, old, new, capsys)
+    assert code == 1 and out.count("LOSS") == 1
+    for row in old["rows"]:
+        row["allocator_bound"] = True
+    code, _, said = run(tmp_path, old, new, capsys)
+    assert code == 2 and "nothing to judge" in said
+
+
 def run(tmp_path: Path, old: object, new: object, capsys) -> tuple[int, str, str]:
     paths = []
     for name, content in (("old", old), ("new", new)):

@@ -76,7 +76,7 @@ def _compare(paths: Sequence[str]) -> None:
     changes = compare.compare(old, new)
     table = Table("row", "over eager, old", "new", "slower by", "noise", "", title=new["name"])
     for c in changes:
-        verdict = "LOSS" if c.lost else ""
+        verdict = "LOSS" if c.lost else "not judged" if c.allocator_bound else ""
         table.add_row(
             c.row, f"{c.old:.2f}", f"{c.new:.2f}", f"{c.change:+.1%}", f"{c.noise:.1%}", verdict
         )

@@ -188,7 +188,7 @@ def row(
         "flops": flops,
         "gb_per_second": moved / ours / 1e9,
         "gflop_per_second": flops / ours / 1e9,
-        "allocator_bound": largest >= MMAP_BYTES,
+        "allocator_bound": on_cpu and largest >= MMAP_BYTES,
         "outside_tolerance": {name: why for name, why in wrong.items() if why},
         "peak_bytes": peaks["tilewright"],
         "peak_bytes_of_rivals": {name: peaks[name] for name in ratios},
