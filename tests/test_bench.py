@@ -2,6 +2,8 @@
 
 import json
 import math
+import platform
+import resource
 from pathlib import Path
 from types import ModuleType
 
@@ -92,6 +94,27 @@ def test_a_row_is_of_the_same_numbers_each_time(definition):
     shape = next(iter(definition.SHAPES))
     first, again = (harness.drawn(definition, shape, torch.float32)["x"] for _ in range(2))
     assert torch.equal(first, again)
+
+
+def test_pages_are_kept():
+    """Buffers just below the least that is bound by the allocator, in eager's way: two at a time, then none."""
+    if not timing.keep_pages():
+        assert platform.libc_ver()[0] != "glibc"
+        return
+    n = (timing.MMAP_BYTES - 4096) // 4
+
+    def faults(count: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(count):
+            x = torch.ones(n)
+            del x
+            y, z = torch.ones(n), torch.ones(n)
+            del y, z
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults(2)
+    pages = n * 4 // 4096
+    assert faults(10) < 3 * pages  # 30 buffers: a few may find no place that was theirs
 
 
 def test_rivals_take_turns():

@@ -27,11 +27,9 @@ from torch import Tensor
 from tilewright.bench.correctness import verified
 from tilewright.bench.facts import facts
 from tilewright.bench.memory import peak_bytes
-from tilewright.bench.timing import call_seconds, interleaved, spread
+from tilewright.bench.timing import MMAP_BYTES, call_seconds, interleaved, spread
 from tilewright.lab.roofline import named
 
-# Buffers from here up are fresh mmaps at every call: the time is the page faults', not the kernel's
-MMAP_BYTES = 32 << 20
 COPY = "copy"  # the CPU's roofline: as many bytes moved by torch's copy, in the same rounds
 BANDWIDTH_BOUND = 10  # FLOPs a byte below which a CPU waits for memory
 
@@ -188,6 +186,7 @@ def row(
         "flops": flops,
         "gb_per_second": moved / ours / 1e9,
         "gflop_per_second": flops / ours / 1e9,
+        # the time is the page faults', not the kernel's
         "allocator_bound": on_cpu and largest >= MMAP_BYTES,
         "outside_tolerance": {name: why for name, why in wrong.items() if why},
         "peak_bytes": peaks["tilewright"],

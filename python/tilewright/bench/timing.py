@@ -5,6 +5,8 @@ and queued while the device sleeps: the device's time, whatever the host took to
 CPU it is the mean of as many calls as last a millisecond, caches warm.
 """
 
+import ctypes
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +17,7 @@ import torch
 SAMPLE_SECONDS = 1e-3  # a sample is as many calls as last this long: far above the clock's grain
 L2_BYTES = 256 << 20  # more than any GPU's L2
 SLEEP_CYCLES = 1_000_000  # about half a millisecond, in which the host queues a whole call
+MMAP_BYTES = 32 << 20  # of a buffer, from which glibc makes each a fresh mmap, whatever it is told
 QUEUED = 20  # calls in a row whose launching alone is timed: less than a stream's queue holds
 
 
@@ -32,6 +35,20 @@ def spread(samples: Sequence[float]) -> Spread:
         return Spread(samples[0], samples[0], samples[0])
     cuts = statistics.quantiles(samples, n=10, method="inclusive")
     return Spread(cuts[1], statistics.median(samples), cuts[7])
+
+
+def keep_pages() -> bool:
+    """From now on glibc keeps what a process frees below MMAP_BYTES; whether it is glibc, and does.
+
+    Left alone it gives the top of its heap back to the system and takes it again, with a fault a page, or
+    not, by what else the process happens to hold: the same code takes twice as long in one run as in the
+    next.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(mmap_threshold, MMAP_BYTES)) and bool(mallopt(trim_threshold, -1))
 
 
 def clock() -> float:
@@ -55,8 +72,7 @@ def call_seconds(fn: Callable[[], object]) -> float:
 
 
 def _cpu_sample(fn: Callable[[], object], calls: int) -> float:
-    """Mean seconds a call, after two untimed ones: the first makes the allocator trim what the rival
-    before left, the second faults in this one's own pages."""
+    """Mean seconds a call, after two untimed ones, which fault in this one's own pages."""
     fn(), fn()
     start = time.perf_counter()
     for _ in range(calls):
@@ -83,9 +99,11 @@ def interleaved(
     """Seconds a call of each rival, one sample a round; a round times every one of them in turn.
 
     Rounds go on for about `seconds`, `least` of them at any rate; each round starts with another
-    rival.
+    rival.  On a CPU the process keeps its pages from then on.
     """
     names, on_cuda = list(rivals), torch.cuda.is_available()
+    if not on_cuda:
+        keep_pages()
     calls: dict[str, int] = {}
     for name, fn in rivals.items():
         fn()  # the first call compiles; the sample's settles
