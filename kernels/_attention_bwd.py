@@ -15,30 +15,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._attention_dbias import attention_dbias
 from ._tile import (
-    FULL,
     KEYS,
     LOG2E,
-    PLAIN,
-    RANGED,
+    VARIANTS,
     Options,
+    add_bias,
     by_head_dim,
     dense_rows,
     divisor,
     first_score,
     heads_last,
     hopper,
+    kept_share,
     key,
     key_range,
     load_rows,
     padded,
+    plane,
     range_spans,
+    row_words,
     scores,
     seen_by,
     signature,
     space,
     spans,
     store_rows,
+    undropped,
     visible,
 )
 from ._tune import Config, Tunable, split
@@ -46,20 +50,25 @@ from ._tune import Config, Tunable, split
 
 @triton.jit
 def _dq_step(
-    dq, pk, m, l, mean, excess, q, dout,
-    k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
-    HEAD_DIM: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, BEGINS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    dq, pk, m, l, mean, excess, many, q, dout, k_ptr, v_ptr, bias, words,
+    stride_kt, stride_vt, rows, S, lo, hi, start, end, softcap, scale, dropout,
+    HEAD_DIM: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    MASK: tl.constexpr, BEGINS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the sums of ds k and p k, and the rows' statistics."""
     cols = start + tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr, cols, stride_kt, end, HEAD_DIM, BLOCK_D)
     v = load_rows(v_ptr, cols, stride_vt, end, HEAD_DIM, BLOCK_D)
     s, slope = scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
+    s = add_bias(s, bias, rows, cols, S, end, False, HAS_BIAS)
     if MASK:
         seen = visible(cols[None, :], lo[:, None], hi[:, None], end, BEGINS)
         s = tl.where(seen, s, -float("inf"))
+    if HAS_BIAS:
+        many += tl.sum((s > -float("inf")).to(tl.float32), 1)
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    if DROPOUT:
+        dp = undropped(dp * kept_share(dropout), words, cols, dropout, False, DROPOUT)
     top = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - top[:, None])
     alpha = tl.exp2(m - top)
@@ -73,16 +82,19 @@ def _dq_step(
     dq = dq * alpha[:, None] - pk * (shift * alpha)[:, None]
     dq = tl.dot((ds * slope).to(k.dtype), k, dq, input_precision="ieee")
     pk = tl.dot((p * slope).to(k.dtype), k, pk * alpha[:, None], input_precision="ieee")
-    return dq, pk, top, total, now, excess
+    return dq, pk, top, total, now, excess, many
 
 
 @triton.jit
 def _attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, sinks_ptr, begin_ptr, end_ptr, dout_ptr, dlse_ptr, stats_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, sinks_ptr, bias_ptr, begin_ptr, end_ptr, seed_ptr,
+    dout_ptr, dlse_ptr, stats_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    H, S, T, left, right, softcap, scale,
+    stride_bb, stride_bh, stride_bs, stride_bt,
+    H, S, T, left, right, softcap, scale, dropout,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    RANGES: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DLSE: tl.constexpr,
+    RANGES: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_DLSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries, and the statistics of their rows for the dk, dv kernel."""
@@ -96,12 +108,15 @@ def _attention_dq_kernel(
     rows = first + tl.arange(0, BLOCK_M)
     q = load_rows(q_ptr, rows, stride_qs, S, HEAD_DIM, BLOCK_D)
     dout = load_rows(dout_ptr + base, rows, H * HEAD_DIM, S, HEAD_DIM, BLOCK_D)
+    bias = plane(bias_ptr, b, h, stride_bb, stride_bh, stride_bs, stride_bt, HAS_BIAS)
+    words = row_words(seed_ptr, bh * S + rows, DROPOUT)
 
     m0, l0 = first_score(sinks_ptr, h, HAS_SINKS)
     m = tl.zeros((BLOCK_M,), tl.float32) + m0
     l = tl.zeros((BLOCK_M,), tl.float32) + l0
     mean = tl.zeros((BLOCK_M,), tl.float32)
     excess = tl.zeros((BLOCK_M,), tl.float32)
+    many = tl.zeros((BLOCK_M,), tl.float32)  # keys that a bias leaves
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     pk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     lo, hi = key_range(rows, b, begin_ptr, end_ptr, S, T, left, right, LEFT, RIGHT, RANGES)
@@ -111,27 +126,29 @@ def _attention_dq_kernel(
         begin, open, whole, end = spans(first, S, T, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
     if LEFT or RANGES:
         for start in range(begin, min(open, end), BLOCK_N):
-            dq, pk, m, l, mean, excess = _dq_step(
-                dq, pk, m, l, mean, excess, q, dout,
-                k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
-                HEAD_DIM, SOFTCAP, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
+            dq, pk, m, l, mean, excess, many = _dq_step(
+                dq, pk, m, l, mean, excess, many, q, dout, k_ptr, v_ptr, bias, words,
+                stride_kt, stride_vt, rows, S, lo, hi, start, end, softcap, scale, dropout,
+                HEAD_DIM, SOFTCAP, HAS_BIAS, DROPOUT, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     for start in range(open, whole, BLOCK_N):
-        dq, pk, m, l, mean, excess = _dq_step(
-            dq, pk, m, l, mean, excess, q, dout,
-            k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
-            HEAD_DIM, SOFTCAP, False, LEFT or RANGES, BLOCK_N, BLOCK_D,
+        dq, pk, m, l, mean, excess, many = _dq_step(
+            dq, pk, m, l, mean, excess, many, q, dout, k_ptr, v_ptr, bias, words,
+            stride_kt, stride_vt, rows, S, lo, hi, start, end, softcap, scale, dropout,
+            HEAD_DIM, SOFTCAP, HAS_BIAS, DROPOUT, False, LEFT or RANGES, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for start in range(whole, end, BLOCK_N):
-        dq, pk, m, l, mean, excess = _dq_step(
-            dq, pk, m, l, mean, excess, q, dout,
-            k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
-            HEAD_DIM, SOFTCAP, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
+        dq, pk, m, l, mean, excess, many = _dq_step(
+            dq, pk, m, l, mean, excess, many, q, dout, k_ptr, v_ptr, bias, words,
+            stride_kt, stride_vt, rows, S, lo, hi, start, end, softcap, scale, dropout,
+            HEAD_DIM, SOFTCAP, HAS_BIAS, DROPOUT, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
-    norm = 1.0 / divisor(l, lo, hi, T, HAS_SINKS)
+    norm = 1.0 / divisor(l, lo, hi, T, HAS_SINKS, HAS_BIAS)
     # one key at most: P = 1 whatever the score, which dP - mean only approaches
     still = (seen_by(lo, hi, T) <= 1) & (not HAS_SINKS)
+    if HAS_BIAS:
+        still = (many <= 1) & (not HAS_SINKS)
     drift = tl.where(still, 0.0, excess * norm)
     dq = tl.where(still[:, None], 0.0, dq)
     if HAS_DLSE:
@@ -149,10 +166,11 @@ def _attention_dq_kernel(
 
 @triton.jit
 def _dkv_step(
-    dk, dv, k, v, q_ptr, begin_ptr, end_ptr, dout_ptr, stats_ptr,
-    stride_qs, stride_dos, b, cols, start, S, T, left, right, softcap, scale,
+    dk, dv, k, v, q_ptr, bias, begin_ptr, end_ptr, seed_ptr, dout_ptr, stats_ptr,
+    stride_qs, stride_dos, b, head, cols, start, S, T, left, right, softcap, scale, dropout,
     HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, RANGES: tl.constexpr,
-    SOFTCAP: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of queries into dk and dv; scores are transposed, [keys, queries]."""
     rows = start + tl.arange(0, BLOCK_M)
@@ -164,13 +182,18 @@ def _dkv_step(
     mean = tl.load(stats_ptr + 2 * S, mask=rows < S, other=0.0)
     drift = tl.load(stats_ptr + 3 * S, mask=rows < S, other=0.0)
     s, slope = scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, SOFTCAP)
+    s = add_bias(s, bias, rows, cols, S, T, True, HAS_BIAS)
     if MASK:
         lo, hi = key_range(rows, b, begin_ptr, end_ptr, S, T, left, right, LEFT, RIGHT, RANGES)
         seen = visible(cols[:, None], lo[None, :], hi[None, :], T, LEFT or RANGES)
         s = tl.where(seen, s, -float("inf"))
     p = tl.exp2(s - m[None, :]) * tl.abs(norm)[None, :]
-    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+    words = row_words(seed_ptr, head * S + rows, DROPOUT)
+    kept = undropped(p, words, cols, dropout, True, DROPOUT)
+    dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    if DROPOUT:
+        dp = tl.where(kept == 0, 0.0, dp * kept_share(dropout))
     ds = p * slope * (tl.where((norm < 0)[None, :], 0.0, dp - mean[None, :]) - drift[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
@@ -178,11 +201,13 @@ def _dkv_step(
 
 @triton.jit
 def _attention_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, begin_ptr, end_ptr, first_ptr, last_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, begin_ptr, end_ptr, first_ptr, last_ptr, seed_ptr,
+    dout_ptr, stats_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    G, S, T, left, right, softcap, scale,
+    stride_bb, stride_bh, stride_bs, stride_bt,
+    G, S, T, left, right, softcap, scale, dropout,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    RANGES: tl.constexpr, SOFTCAP: tl.constexpr,
+    RANGES: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys, summed in turn over the GROUP heads that share them."""
@@ -210,29 +235,33 @@ def _attention_dkv_kernel(
         h = g * GROUP + r
         q_h = q_ptr + b * stride_qb + h * stride_qh
         dout_h = dout_ptr + (b * S * H + h) * HEAD_DIM
-        stats = stats_ptr + (b * H + h) * 4 * S
+        head = b * H + h
+        stats = stats_ptr + head * 4 * S
+        bias = plane(bias_ptr, b, h, stride_bb, stride_bh, stride_bs, stride_bt, HAS_BIAS)
         if RIGHT:
             for start in range(begin, min(open, end), BLOCK_M):
                 dk, dv = _dkv_step(
-                    dk, dv, k, v, q_h, begin_ptr, end_ptr, dout_h, stats,
-                    stride_qs, H * HEAD_DIM, b, cols, start, S, T, left, right, softcap, scale,
-                    HEAD_DIM, LEFT, RIGHT, RANGES, SOFTCAP, True, BLOCK_M, BLOCK_D,
+                    dk, dv, k, v, q_h, bias, begin_ptr, end_ptr, seed_ptr, dout_h, stats,
+                    stride_qs, H * HEAD_DIM, b, head, cols, start, S, T, left, right, softcap, scale, dropout,
+                    HEAD_DIM, LEFT, RIGHT, RANGES, SOFTCAP, HAS_BIAS, DROPOUT, True, BLOCK_M, BLOCK_D,
                 )  # fmt: skip
         for start in range(open, whole, BLOCK_M):
             dk, dv = _dkv_step(
-                dk, dv, k, v, q_h, begin_ptr, end_ptr, dout_h, stats,
-                stride_qs, H * HEAD_DIM, b, cols, start, S, T, left, right, softcap, scale,
-                HEAD_DIM, LEFT, RIGHT, RANGES, SOFTCAP, False, BLOCK_M, BLOCK_D,
+                dk, dv, k, v, q_h, bias, begin_ptr, end_ptr, seed_ptr, dout_h, stats,
+                stride_qs, H * HEAD_DIM, b, head, cols, start, S, T, left, right, softcap, scale, dropout,
+                HEAD_DIM, LEFT, RIGHT, RANGES, SOFTCAP, HAS_BIAS, DROPOUT, False, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         if LEFT or RANGES:
             for start in range(whole, end, BLOCK_M):
                 dk, dv = _dkv_step(
-                    dk, dv, k, v, q_h, begin_ptr, end_ptr, dout_h, stats,
-                    stride_qs, H * HEAD_DIM, b, cols, start, S, T, left, right, softcap, scale,
-                    HEAD_DIM, LEFT, RIGHT, RANGES, SOFTCAP, True, BLOCK_M, BLOCK_D,
+                    dk, dv, k, v, q_h, bias, begin_ptr, end_ptr, seed_ptr, dout_h, stats,
+                    stride_qs, H * HEAD_DIM, b, head, cols, start, S, T, left, right, softcap, scale, dropout,
+                    HEAD_DIM, LEFT, RIGHT, RANGES, SOFTCAP, HAS_BIAS, DROPOUT, True, BLOCK_M, BLOCK_D,
                 )  # fmt: skip
 
     base = (b * T * G + g) * HEAD_DIM  # dk and dv lie as [B, T, G, D]
+    if DROPOUT:
+        dv *= kept_share(dropout)
     dk = (dk * scale).to(dk_ptr.dtype.element_ty)
     store_rows(dk_ptr + base, dk, cols, G * HEAD_DIM, T, HEAD_DIM, BLOCK_D)
     store_rows(
@@ -261,12 +290,14 @@ DKV = Tunable("attention_dkv", ("attention",), KEYS, _dkv_heuristic, space)
 
 def attention_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
-    begin: Tensor | None, end: Tensor | None, left: int, right: int, softcap: float, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients dq [B, H, S, D], dk, dv [B, G, T, D], lying as [B, S, H, D] and [B, T, G, D], and
-    dsinks [H] of float32 ([0] without sinks)."""
+    bias: Tensor | None, begin: Tensor | None, end: Tensor | None, seed: Tensor | None,
+    left: int, right: int, softcap: float, scale: float, dropout: float, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients dq [B, H, S, D], dk, dv [B, G, T, D], lying as [B, S, H, D] and [B, T, G, D], of float32
+    dsinks [H] ([0] without sinks) and dbias of bias's shape ([0] where it is not asked for)."""
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
-    options = Options(sinks, begin, end, left, right, softcap, scale)
+    whole = None if bias is None else bias.expand(B, H, S, T)
+    options = Options(sinks, whole, begin, end, seed, left, right, softcap, scale, dropout)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     dout = dout.transpose(1, 2).contiguous()
     dq, dk, dv = heads_last(q), heads_last(k), heads_last(k)
@@ -276,27 +307,30 @@ def attention_bwd(
         dlse = None if dlse is None else dlse.contiguous()
         douts = dout.transpose(1, 2)
         fast.attention_hopper_bwd(douts, dlse, q, k, v, dq, dk, dv, flags["RIGHT"], scale)
-        return dq, dk, dv, q.new_empty(0, dtype=torch.float32)
+        return dq, dk, dv, *(q.new_empty(0, dtype=torch.float32) for _ in range(2))
     stats = q.new_empty(B, H, 4, S, dtype=torch.float32)
     sunk = {"HAS_SINKS": flags.pop("HAS_SINKS"), "HAS_DLSE": dlse is not None}
     fixed = {"GROUP": H // G, "HEAD_DIM": D, "BLOCK_D": padded(D), "enable_fp_fusion": True} | flags
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *options.bias_strides())
     scalars = (S, T, *options.scalars(S, T))
     ranges = options.ranges()
     if dq.numel():
         config = DQ(q.device, *key(q, flags))
         _attention_dq_kernel[(triton.cdiv(S, config["BLOCK_M"]), B * H)](
-            q, k, v, None if sinks is None else sinks.contiguous(), *ranges,
+            q, k, v, None if sinks is None else sinks.contiguous(), whole, *ranges, seed,
             dout, None if dlse is None else dlse.contiguous(), stats, dq,
             *strides, H, *scalars, **sunk, **fixed, **config,
         )  # fmt: skip
     if dk.numel():
         config = DKV(q.device, *key(q, flags))
         _attention_dkv_kernel[(triton.cdiv(T, config["BLOCK_N"]), B * G)](
-            q, k, v, *ranges, *_queries(ranges, T), dout, stats, dk, dv,
+            q, k, v, whole, *ranges, *_queries(ranges, T), seed, dout, stats, dk, dv,
             *strides, G, *scalars, **fixed, **config,
         )  # fmt: skip
-    return dq, dk, dv, _dsinks(sinks, stats)
+    dbias = stats.new_empty(0)
+    if bias is not None and bias_grad:
+        dbias = attention_dbias(dout, q, k, v, bias, stats, options, ranges)
+    return dq, dk, dv, _dsinks(sinks, stats), dbias
 
 
 def _queries(
@@ -330,27 +364,27 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
     for dtype in (torch.bfloat16, torch.float32):
         float32 = dict.fromkeys(("dlse", "stats"), torch.float32)
         dq = signature(
-            dict.fromkeys(("q", "k", "v", "sinks"), dtype)
+            dict.fromkeys(("q", "k", "v", "sinks", "bias"), dtype)
             | dict.fromkeys(("begin", "end"), torch.int32)
-            | {"dout": dtype}
+            | {"seed": torch.int64, "dout": dtype}
             | float32
             | {"dq": dtype}
         )
         inputs = (
-            dict.fromkeys(("q", "k", "v"), dtype)
+            dict.fromkeys(("q", "k", "v", "bias"), dtype)
             | dict.fromkeys(("begin", "end", "first", "last"), torch.int32)
-            | {"dout": dtype, "stats": torch.float32}
+            | {"seed": torch.int64, "dout": dtype, "stats": torch.float32}
         )
         dkv = signature(inputs | {"dk": dtype, "dv": dtype}, "G")
         for D in (64, 128, 256):
-            for flags in (PLAIN, FULL, RANGED):
+            for flags in VARIANTS:
                 (dq_blocks, dq_options), (dkv_blocks, dkv_options) = (
                     split(heuristic(dtype, D, True, 4096))
                     for heuristic in (_dq_heuristic, _dkv_heuristic)
                 )
                 sunk = {"HAS_SINKS": flags["HAS_SINKS"], "HAS_DLSE": flags["HAS_SINKS"]}
                 seen = {name: flag for name, flag in flags.items() if name not in sunk}
-                fixed = {"GROUP": 4, "HEAD_DIM": D, **seen, "BLOCK_D": D}
+                fixed = {"GROUP": 4, "HEAD_DIM": D, **seen, "BLOCK_D": D, "stride_bt": 1}
                 found += [
                     (_attention_dq_kernel, dq, fixed | sunk | dq_blocks, dq_options),
                     (_attention_dkv_kernel, dkv, fixed | dkv_blocks, dkv_options),

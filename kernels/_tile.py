@@ -106,9 +106,11 @@ def seen_by(lo, hi, T):
 
 
 @triton.jit
-def divisor(l, lo, hi, T, HAS_SINKS: tl.constexpr):
+def divisor(l, lo, hi, T, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.constexpr = False):
     """The sum l to divide by; inf for rows that see no key, which give 0 and not 0 / 0."""
-    if not HAS_SINKS:
+    if HAS_BIAS:
+        l = tl.where(l == 0, float("inf"), l)
+    elif not HAS_SINKS:
         l = tl.where(seen_by(lo, hi, T) <= 0, float("inf"), l)
     return l
 
@@ -151,6 +153,71 @@ def first_score(sinks_ptr, h, HAS_SINKS: tl.constexpr):
     else:
         start, sum = LOWEST, 0.0
     return start, sum
+
+
+@triton.jit
+def plane(bias_ptr, b, h, stride_bb, stride_bh, stride_bs, stride_bt, HAS_BIAS: tl.constexpr):
+    """What add_bias takes of head h: where its scores' biases start, and their strides."""
+    if HAS_BIAS:
+        bias_ptr += b * stride_bb + h * stride_bh
+    return bias_ptr, stride_bs, stride_bt
+
+
+@triton.jit
+def add_bias(s, bias, rows, cols, S, T, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Scores [rows, cols], or [cols, rows] where TRANSPOSED, in base 2, with their bias.  What is below
+    -2.3e38 becomes -inf by that: it hides its key."""
+    if HAS_BIAS:
+        ptr, stride_bs, stride_bt = bias
+        row, col = rows[:, None], cols[None, :]
+        if TRANSPOSED:
+            row, col = rows[None, :], cols[:, None]
+        at = row.to(tl.int64) * stride_bs + col.to(tl.int64) * stride_bt
+        x = tl.load(ptr + at, mask=(row < S) & (col < T), other=0.0)
+        s += x.to(tl.float32) * LOG2E
+    return s
+
+
+@triton.jit
+def mixed(x, y):
+    """32 bits of x, well mixed, and y (two rounds of Wellons' lowbias32)."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    return (x ^ y ^ (x >> 15)) * 0x846CA68B
+
+
+@triton.jit
+def row_words(seed_ptr, row, DROPOUT: tl.constexpr):
+    """Two words of each row, counted over all heads, that the draws of its keys come from.  The row is
+    mixed before the seed comes to it: else seeds that are neighbours share their rows."""
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+        low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+        a = mixed(row.to(tl.uint32), (row >> 32).to(tl.uint32))
+        a = mixed((a ^ (a >> 16)) + low, high)
+        a ^= a >> 16
+        return a, mixed(a, high)
+    return 0, 0
+
+
+@triton.jit
+def undropped(x, words, cols, dropout, TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr):
+    """x [rows, cols], or [cols, rows] where TRANSPOSED, zero where the draw is below dropout."""
+    if DROPOUT:
+        a, b = words
+        col = cols.to(tl.uint32) * 0x9E3779B9
+        if TRANSPOSED:
+            draw = mixed(col[:, None] + a[None, :], b[None, :])
+        else:
+            draw = mixed(col[None, :] + a[:, None], b[:, None])
+        least = tl.full((), dropout * 4294967296.0, tl.float32).to(tl.int64).to(tl.uint32)
+        x = tl.where(draw >= least, x, 0.0)
+    return x
+
+
+@triton.jit
+def kept_share(dropout):
+    """What makes up for what is dropped: 1 / (1 - dropout), and 0 where all is."""
+    return tl.where(dropout < 1, 1.0 / (1.0 - dropout), 0.0)
 
 
 KEYS = ("dtype", "BLOCK_D", "causal", "S")
@@ -220,12 +287,15 @@ class Options(NamedTuple):
     """What a call of attention asks of its kernels beside the tensors."""
 
     sinks: Tensor | None
+    bias: Tensor | None  # [B, H, S, T], expanded
     begin: Tensor | None  # int32 [B, S] each, or neither
     end: Tensor | None
+    seed: Tensor | None  # int64 [1], where dropout is above 0
     left: int  # -1: without end
     right: int
     softcap: float  # 0: none
     scale: float
+    dropout: float
 
     def flags(self, S: int, T: int) -> dict[str, bool]:
         """The constexprs; a limit that hides nothing is none, nor is one beside ranges."""
@@ -236,6 +306,8 @@ class Options(NamedTuple):
             "RANGES": ranged,
             "SOFTCAP": self.softcap != 0,
             "HAS_SINKS": self.sinks is not None,
+            "HAS_BIAS": self.bias is not None,
+            "DROPOUT": self.dropout > 0,
         }
 
     def ranges(self) -> tuple[Tensor | None, Tensor | None]:
@@ -244,25 +316,36 @@ class Options(NamedTuple):
             return None, None
         return self.begin.contiguous(), self.end.contiguous()
 
-    def scalars(self, S: int, T: int) -> tuple[int, int, float, float]:
-        """left, right, softcap, scale."""
+    def scalars(self, S: int, T: int) -> tuple[int, int, float, float, float]:
+        """left, right, softcap, scale, dropout."""
         flags = self.flags(S, T)  # a limit without end may be no int32
         left, right = self.left * flags["LEFT"], self.right * flags["RIGHT"]
-        return left, right, self.softcap, self.scale
+        return left, right, self.softcap, self.scale, self.dropout
+
+    def bias_strides(self) -> tuple[int, int, int, int]:
+        return (0, 0, 0, 0) if self.bias is None else self.bias.stride()  # type: ignore[return-value]
 
 
-# what variants() compile: causal; with all that goes together; by ranges
-PLAIN = {"LEFT": False, "RIGHT": True, "RANGES": False, "SOFTCAP": False, "HAS_SINKS": False}
-FULL = {"LEFT": True, "RIGHT": True, "RANGES": False, "SOFTCAP": True, "HAS_SINKS": True}
-RANGED = {"LEFT": False, "RIGHT": False, "RANGES": True, "SOFTCAP": False, "HAS_SINKS": False}
+NONE = dict.fromkeys(
+    ("LEFT", "RIGHT", "RANGES", "SOFTCAP", "HAS_SINKS", "HAS_BIAS", "DROPOUT"), False
+)
+# what variants() compile: causal; with all that goes together; by ranges; with a bias; with dropout
+PLAIN = NONE | {"RIGHT": True}
+FULL = NONE | dict.fromkeys(("LEFT", "RIGHT", "SOFTCAP", "HAS_SINKS"), True)
+RANGED = NONE | {"RANGES": True}
+BIASED = NONE | {"HAS_BIAS": True}
+DROPPED = PLAIN | {"DROPOUT": True}
+VARIANTS = (PLAIN, FULL, RANGED, BIASED, DROPPED)
 
 
 def signature(pointers: dict[str, torch.dtype], heads: str = "H") -> dict[str, str]:
     """A kernel's argument types: pointers by name, then the strides of q, k, v, and the scalars."""
-    names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+    names = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    names |= {torch.int32: "*i32", torch.int64: "*i64"}
     strides = [f"stride_{x}{axis}" for x, row in ("qs", "kt", "vt") for axis in ("b", "h", row)]
+    strides += ["stride_bb", "stride_bh", "stride_bs"]  # stride_bt is 1, a constant
     return (
         {f"{name}_ptr": names[dtype] for name, dtype in pointers.items()}
         | dict.fromkeys([*strides, heads, "S", "T", "left", "right"], "i32")
-        | dict.fromkeys(["softcap", "scale"], "fp32")
+        | dict.fromkeys(["softcap", "scale", "dropout"], "fp32")
     )

@@ -13,29 +13,33 @@ from torch import Tensor
 
 from ._attention_bwd import attention_bwd
 from ._tile import (
-    FULL,
     KEYS,
     LN2,
     LOWEST,
     PLAIN,
-    RANGED,
+    VARIANTS,
     Options,
+    add_bias,
     by_head_dim,
     dense_rows,
     divisor,
     first_score,
     heads_last,
     hopper,
+    kept_share,
     key,
     key_range,
     load_rows,
     padded,
+    plane,
     range_spans,
+    row_words,
     scores,
     signature,
     space,
     spans,
     store_rows,
+    undropped,
     visible,
 )
 from ._tune import Config, Tunable, split
@@ -45,14 +49,16 @@ __all__ = ["attention_bwd", "attention_fwd", "variants"]
 
 @triton.jit
 def _fwd_step(
-    acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
-    HEAD_DIM: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, BEGINS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, m, l, q, k_ptr, v_ptr, bias, words, stride_kt, stride_vt, rows, S, lo, hi, start, end,
+    softcap, scale, dropout,
+    HEAD_DIM: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    MASK: tl.constexpr, BEGINS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the running output, maximum and sum."""
     cols = start + tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr, cols, stride_kt, end, HEAD_DIM, BLOCK_D)
     s, _ = scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
+    s = add_bias(s, bias, rows, cols, S, end, False, HAS_BIAS)
     if MASK:
         seen = visible(cols[None, :], lo[:, None], hi[:, None], end, BEGINS)
         s = tl.where(seen, s, -float("inf"))
@@ -60,17 +66,20 @@ def _fwd_step(
     p = tl.exp2(s - top[:, None])
     alpha = tl.exp2(m - top)
     v = load_rows(v_ptr, cols, stride_vt, end, HEAD_DIM, BLOCK_D)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    kept = undropped(p, words, cols, dropout, False, DROPOUT)
+    acc = tl.dot(kept.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return acc, top, l * alpha + tl.sum(p, 1)
 
 
 @triton.jit
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, sinks_ptr, begin_ptr, end_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, sinks_ptr, bias_ptr, begin_ptr, end_ptr, seed_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    H, S, T, left, right, softcap, scale,
+    stride_bb, stride_bh, stride_bs, stride_bt,
+    H, S, T, left, right, softcap, scale, dropout,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    RANGES: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    RANGES: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head against all the keys they see."""
@@ -83,6 +92,8 @@ def _attention_fwd_kernel(
     v_ptr += b * stride_vb + h // GROUP * stride_vh
     rows = first + tl.arange(0, BLOCK_M)
     q = load_rows(q_ptr, rows, stride_qs, S, HEAD_DIM, BLOCK_D)
+    bias = plane(bias_ptr, b, h, stride_bb, stride_bh, stride_bs, stride_bt, HAS_BIAS)
+    words = row_words(seed_ptr, bh * S + rows, DROPOUT)
 
     m0, l0 = first_score(sinks_ptr, h, HAS_SINKS)
     m = tl.zeros((BLOCK_M,), tl.float32) + m0
@@ -96,21 +107,23 @@ def _attention_fwd_kernel(
     if LEFT or RANGES:
         for start in range(begin, min(open, end), BLOCK_N):
             acc, m, l = _fwd_step(
-                acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
-                HEAD_DIM, SOFTCAP, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
+                acc, m, l, q, k_ptr, v_ptr, bias, words, stride_kt, stride_vt, rows, S, lo, hi, start, end,
+                softcap, scale, dropout, HEAD_DIM, SOFTCAP, HAS_BIAS, DROPOUT, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     for start in range(open, whole, BLOCK_N):
         acc, m, l = _fwd_step(
-            acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
-            HEAD_DIM, SOFTCAP, False, LEFT or RANGES, BLOCK_N, BLOCK_D,
+            acc, m, l, q, k_ptr, v_ptr, bias, words, stride_kt, stride_vt, rows, S, lo, hi, start, end,
+            softcap, scale, dropout, HEAD_DIM, SOFTCAP, HAS_BIAS, DROPOUT, False, LEFT or RANGES, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for start in range(whole, end, BLOCK_N):
         acc, m, l = _fwd_step(
-            acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, lo, hi, start, end, softcap, scale,
-            HEAD_DIM, SOFTCAP, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
+            acc, m, l, q, k_ptr, v_ptr, bias, words, stride_kt, stride_vt, rows, S, lo, hi, start, end,
+            softcap, scale, dropout, HEAD_DIM, SOFTCAP, HAS_BIAS, DROPOUT, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
-    out = acc / divisor(l, lo, hi, T, HAS_SINKS)[:, None]
+    out = acc / divisor(l, lo, hi, T, HAS_SINKS, HAS_BIAS)[:, None]
+    if DROPOUT:
+        out *= kept_share(dropout)
     # out lies as [B, S, H, D]
     out_ptr += (b * S * H + h) * HEAD_DIM
     store_rows(out_ptr, out.to(out_ptr.dtype.element_ty), rows, H * HEAD_DIM, S, HEAD_DIM, BLOCK_D)
@@ -133,13 +146,15 @@ FWD = Tunable("attention_fwd", ("attention",), KEYS, _heuristic, space)
 
 
 def attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, begin: Tensor | None, end: Tensor | None,
-    left: int, right: int, softcap: float, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, begin: Tensor | None,
+    end: Tensor | None, seed: Tensor | None, left: int, right: int, softcap: float, scale: float,
+    dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q [B, H, S, D], k, v [B, G, T, D], sinks [H], begin, end [B, S] of int32 -> out [B, H, S, D],
-    lying as [B, S, H, D], and lse [B, H, S]."""
+    """q [B, H, S, D], k, v [B, G, T, D], sinks [H], bias that broadcasts to [B, H, S, T], begin, end [B, S]
+    of int32, seed [1] of int64 -> out [B, H, S, D], lying as [B, S, H, D], and lse [B, H, S]."""
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
-    options = Options(sinks, begin, end, left, right, softcap, scale)
+    bias = None if bias is None else bias.expand(B, H, S, T)
+    options = Options(sinks, bias, begin, end, seed, left, right, softcap, scale, dropout)
     q, k, v, out = dense_rows(q), dense_rows(k), dense_rows(v), heads_last(q)
     lse = q.new_empty(B, H, S, dtype=torch.float32)
     if lse.numel() == 0:
@@ -151,8 +166,8 @@ def attention_fwd(
         return out, lse
     config = FWD(q.device, *key(q, flags))
     _attention_fwd_kernel[(triton.cdiv(S, config["BLOCK_M"]), B * H)](
-        q, k, v, None if sinks is None else sinks.contiguous(), *options.ranges(), out, lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        q, k, v, None if sinks is None else sinks.contiguous(), bias, *options.ranges(), seed, out, lse,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *options.bias_strides(),
         H, S, T, *options.scalars(S, T),
         GROUP=H // G, HEAD_DIM=D, **flags, BLOCK_D=padded(D),
         **config, enable_fp_fusion=True,
@@ -165,13 +180,13 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         types = signature(
-            dict.fromkeys(("q", "k", "v", "sinks"), dtype)
+            dict.fromkeys(("q", "k", "v", "sinks", "bias"), dtype)
             | dict.fromkeys(("begin", "end"), torch.int32)
-            | {"out": dtype, "lse": torch.float32}
+            | {"seed": torch.int64, "out": dtype, "lse": torch.float32}
         )
         for D in (64, 128, 256):
-            for S, flags in ((16, PLAIN), (4096, PLAIN), (4096, FULL), (4096, RANGED)):
-                fixed = {"GROUP": 4, "HEAD_DIM": D, **flags, "BLOCK_D": D}
+            for S, flags in ((16, PLAIN), *((4096, flags) for flags in VARIANTS)):
+                fixed = {"GROUP": 4, "HEAD_DIM": D, **flags, "BLOCK_D": D, "stride_bt": 1}
                 blocks, options = split(_heuristic(dtype, D, True, S))
                 found.append((_attention_fwd_kernel, types, fixed | blocks, options))
     return found

@@ -160,9 +160,9 @@ def test_opcheck(S, device):
     assert _op.serves("attention", torch.empty(0, device=device))
     q, k, v = (x.detach() for x in drawn(device, 2, 4, 2, S, 33, 16))
     begin, end = (x.to(device, torch.int32) for x in ranges_of("any", 2, S, 33))
-    options = (None, begin, end, -1, -1, 0.0, 0.25)
+    options = (None, None, begin, end, None, -1, -1, 0.0, 0.25, 0.0)
     torch.library.opcheck(fwd, (q, k, v, *options))
-    torch.library.opcheck(bwd, (torch.randn_like(q), None, q, k, v, *options))
+    torch.library.opcheck(bwd, (torch.randn_like(q), None, q, k, v, *options, False))
 
 
 def test_values_beyond_the_keys_are_no_keys(device):
@@ -170,13 +170,17 @@ def test_values_beyond_the_keys_are_no_keys(device):
     q, k, v = (x.detach() for x in drawn(device, 1, 2, 1, 20, 33, 16))
     least = torch.full((1, 20), -(2**31), dtype=torch.int32, device=device)
     most = -(least + 1)
-    out, _ = fwd(q, k, v, None, least, most, -1, -1, 0.0, 0.25)
+
+    def given(begin, end):
+        return (q, k, v, None, None, begin, end, None, -1, -1, 0.0, 0.25, 0.0)
+
+    out, _ = fwd(*given(least, most))
     assert torch.equal(out, ops.attention(q, k, v, scale=0.25))
     some = torch.full_like(least, 5)
     for begin, end in ((most, most), (most, some), (some, least), (least, least), (most, least)):
-        out, lse = fwd(q, k, v, None, begin, end, -1, -1, 0.0, 0.25)
+        out, lse = fwd(*given(begin, end))
         assert not out.any() and (lse == -torch.inf).all()
-        for grad in bwd(torch.ones_like(q), None, q, k, v, None, begin, end, -1, -1, 0.0, 0.25)[:3]:
+        for grad in bwd(torch.ones_like(q), None, *given(begin, end), False)[:3]:
             assert not grad.any()
 
 

@@ -71,8 +71,9 @@ SPILLS: dict[tuple[str, str, int, str], dict[int, int]] = {
 
 
 def options(constants: dict) -> str:
-    """Which of kernels/_tile.py's PLAIN, FULL and RANGED a variant of attention is."""
-    return "ranges" if constants.get("RANGES") else "all" if constants.get("SOFTCAP") else "plain"
+    """Which of kernels/_tile.py's VARIANTS one of attention is."""
+    names = {"RANGES": "ranges", "SOFTCAP": "all", "HAS_BIAS": "bias", "DROPOUT": "dropout"}
+    return next((name for flag, name in names.items() if constants.get(flag)), "plain")
 
 
 def run(*arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess:

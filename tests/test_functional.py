@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tilewright import reference
 from tilewright.nn import functional
 from tilewright.testing import assert_matches_reference, run
 
@@ -61,21 +62,80 @@ def test_values_of_another_width(device, attended):
     assert not attended
 
 
-@pytest.mark.parametrize("mask", ["bool", "float"])
-def test_masks_and_dropout_are_torchs(mask, device, attended):
-    q, k, v = drawn((2, 3, 20, 16), (2, 3, 30, 16), device)
-    seen = torch.rand(20, 30, device=device) > 0.3
-    mask = seen if mask == "bool" else torch.where(seen, 0.5, -torch.inf)
-    found, expected = (
-        run(f, [q, k, v], {"attn_mask": mask})
+MASKS = {
+    "whole": (2, 3, 20, 30),
+    "of_batches": (2, 1, 20, 30),
+    "of_keys": (2, 1, 1, 30),
+    "of_heads": (3, 20, 30),
+    "one": (20, 30),
+}
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "other"])
+@pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS.keys())
+def test_masks(shape, kind, dtype, device, attended):
+    inputs = drawn((2, 3, 20, 16), (2, 3, 30, 16), device)
+    seen = torch.rand(shape, device=device) > 0.3
+    seen[..., 7] = True
+    mask = seen if kind == "bool" else torch.where(seen, torch.randn_like(seen.float()), -torch.inf)
+
+    def masked(f):
+        def call(q, k, v):
+            # float32 beside bfloat16 is torch's too; its float64 truth is of one dtype
+            fits = kind == "other" and q.dtype != torch.float64
+            given = mask if kind == "bool" else mask.to(torch.float32 if fits else q.dtype)
+            return f(q, k, v, attn_mask=given, scale=0.3)
+
+        return call
+
+    ours = masked(functional.scaled_dot_product_attention)
+    assert_matches_reference(ours, masked(F.scaled_dot_product_attention), *inputs, dtype=dtype)
+    assert attended
+
+
+def test_a_mask_without_batches_or_with_two(device, attended):
+    for shape, mask in (((3, 20, 16), (3, 20, 20)), ((2, 2, 3, 20, 16), (20, 20))):
+        q, k, v = (x.detach() for x in drawn(shape, shape, device))
+        added = torch.randn(mask, device=device)
+        found, expected = (
+            f(q, k, v, attn_mask=added)
+            for f in (functional.scaled_dot_product_attention, F.scaled_dot_product_attention)
+        )
+        torch.testing.assert_close(found, expected)
+    assert len(attended) == 2
+
+
+def test_a_learned_mask(device, attended):
+    inputs = drawn((2, 3, 20, 16), (2, 3, 30, 16), device)
+    mask = torch.randn(3, 20, 30, device=device, requires_grad=True)
+    ours, theirs = (
+        lambda q, k, v, mask, f=f: f(q, k, v, attn_mask=mask)
         for f in (functional.scaled_dot_product_attention, F.scaled_dot_product_attention)
     )
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    drops = []
-    for f in (functional.scaled_dot_product_attention, F.scaled_dot_product_attention):
+    assert_matches_reference(ours, theirs, *inputs, mask, dtype=torch.float32)
+    assert attended
+
+
+def test_a_query_that_sees_nothing_gives_0(device):
+    q, k, v = drawn((2, 3, 20, 16), (2, 3, 30, 16), device)
+    seen = torch.ones(20, 30, dtype=torch.bool, device=device)
+    seen[4] = False
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    assert not out[:, :, 4].any() and out.isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_dropout(device, attended):
+    q, k, v = (x.detach() for x in drawn((2, 3, 70, 16), (2, 3, 90, 16), device))
+    outs = []
+    for f in (functional.scaled_dot_product_attention, reference.attention):
         torch.manual_seed(3)
-        drops.append(f(q, k, v, dropout_p=0.5))
-    assert torch.equal(*drops) and not attended
+        outs.append(f(q, k, v, dropout_p=0.5))
+    torch.testing.assert_close(*outs)
+    assert attended and not torch.equal(outs[0], functional.scaled_dot_product_attention(q, k, v))
+    for p in (-0.5, 1.5):
+        with pytest.raises(RuntimeError, match="dropout probability"):
+            functional.scaled_dot_product_attention(q, k, v, dropout_p=p)
 
 
 def test_float64_is_torchs(device, attended):
@@ -96,9 +156,17 @@ def test_compiles_fullgraph(device):
 
 def test_errors_are_torchs(device):
     q, k, v = (x.detach() for x in drawn((2, 3, 20, 16), (2, 3, 20, 16), device))
-    for bad in ((q, k[..., :8], v), (q, k, v.double()), (q, k[:, :2], v[:, :2])):
+    mask = torch.zeros(20, 20, device=device)
+    for bad, arguments in (
+        ((q, k[..., :8], v), {}),
+        ((q, k, v.double()), {}),
+        ((q, k[:, :2], v[:, :2]), {}),
+        ((q, k, v, mask[:, :9]), {}),
+        ((q, k, v, mask.long()), {}),
+        ((q, k, v, mask), {"is_causal": True}),
+    ):
         with pytest.raises(RuntimeError) as expected:
-            F.scaled_dot_product_attention(*bad)
+            F.scaled_dot_product_attention(*bad, **arguments)
         with pytest.raises(RuntimeError) as found:
-            functional.scaled_dot_product_attention(*bad)
+            functional.scaled_dot_product_attention(*bad, **arguments)
         assert str(found.value) == str(expected.value)

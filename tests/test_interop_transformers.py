@@ -184,7 +184,7 @@ def test_an_encoder_and_its_decoder():
 
 
 def test_a_mask_of_ones_own():
-    """[B, 1, S, T], bool: what no range says is torch's."""
+    """[B, 1, S, T], with holes, which no range says."""
     ids = tokens()
     seen = torch.rand(3, 1, 20, 20) < 0.5
     seen |= torch.eye(20, dtype=torch.bool)
@@ -218,7 +218,7 @@ def test_gradients(kind):
         assert_within(found, eager[name], truth[name], torch.finfo(torch.float32).eps, name)
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "GptOss"])
 def test_attention_dropout_drops(kind):
     model = built(kind).train()
     model.config.attention_dropout = 0.5
@@ -232,6 +232,21 @@ def test_attention_dropout_drops(kind):
     first = model(ids).logits
     torch.manual_seed(5)
     assert torch.equal(first, model(ids).logits)
+
+
+def test_position_biases():
+    """T5's, learned and shared by its layers."""
+    config = transformers.T5Config(
+        vocab_size=99, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, pad_token_id=0,
+        decoder_start_token_id=0, attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.T5Model(config).eval()
+    ids, mask = tokens(), torch.ones(3, 20, dtype=torch.long)
+    mask[1, 13:] = 0
+    answers = tokens(3, 25)
+    assert_same(
+        model, lambda m: m(ids, attention_mask=mask, decoder_input_ids=answers).last_hidden_state
+    )
 
 
 def test_the_kernel_is_what_runs(monkeypatch):
@@ -252,7 +267,7 @@ def test_the_kernel_is_what_runs(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
 def test_it_compiles(kind):
-    """With masks that stay bool, for torch's attention and for the model's own."""
+    """With masks that stay bool, and are added."""
     model = built(kind)
     model.set_attn_implementation("tilewright")
     ids = tokens()
@@ -272,5 +287,3 @@ def test_what_would_be_wrong_raises():
         ValueError, match=r"mask \(1, 1, 5, 5\) of torch.int32: the model has changed"
     ):
         interop.attention_forward(layer, q, k, k, torch.nn.functional.pad(ranges, (0, 3)))
-    with pytest.raises(ValueError, match="has no own"):
-        interop.attention_forward(layer, q, k, k, None, dropout=0.5, softcap=2.0)

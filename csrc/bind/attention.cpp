@@ -13,11 +13,38 @@ namespace {
 
 // How a call of attention differs from softmax(q kᵀ) v, as the operators take it.
 struct Options {
-  Tensor sinks, begin, end;  // dense, undefined where there is none
-  int64_t left, right;       // -1: without end
-  double softcap;       // 0: none
-  double scale;
+  Tensor sinks, bias, begin, end;  // float and int, undefined where there is none; all but bias dense
+  std::optional<Tensor> seed;      // of dropout
+  int64_t left, right;             // -1: without end
+  double softcap;                  // 0: none
+  double scale, dropout;
 };
+
+// Strides of what broadcasts to [B, H, S, T], 0 where it is of size 1.
+cpu::AttentionBias bias_view(const char* op, const Tensor& bias, const AttentionArgs& a) {
+  const int64_t sizes[4] = {a.B, a.H, a.S, a.T}, missing = 4 - bias.dim();
+  TORCH_CHECK_VALUE(missing >= 0, op, ": bias ", bias.sizes(), " has more than four dimensions");
+  int64_t strides[4] = {0, 0, 0, 0};
+  for (int64_t axis = 0; axis < bias.dim(); ++axis) {
+    const int64_t size = bias.size(axis), whole = sizes[axis + missing];
+    TORCH_CHECK_VALUE(size == 1 || size == whole, op, ": bias ", bias.sizes(), " does not broadcast to [", a.B, ", ",
+                      a.H, ", ", a.S, ", ", a.T, "]");
+    if (size != 1) strides[axis + missing] = bias.stride(axis);
+  }
+  return {bias.data_ptr<float>(), strides[0], strides[1], strides[2], strides[3]};
+}
+
+cpu::AttentionDropout dropout_of(const char* op, const std::optional<Tensor>& seed, double dropout) {
+  TORCH_CHECK_VALUE(dropout >= 0 && dropout <= 1, op, ": dropout must be from 0 to 1, not ", dropout);
+  if (dropout == 0) return {};
+  TORCH_CHECK_VALUE(seed && seed->numel() == 1 && seed->scalar_type() == at::kLong, op,
+                    ": dropout draws by a seed, an int64");
+  const auto bits = uint64_t(*seed->const_data_ptr<int64_t>());
+  const float p = float(dropout);
+  return {{uint32_t(bits), uint32_t(bits >> 32)},
+          uint32_t(uint64_t(double(p) * 4294967296.0)),
+          p < 1.f ? 1.f / (1.f - p) : 0.f};
+}
 
 AttentionArgs arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() && k.size(0) == q.size(0) &&
@@ -43,21 +70,29 @@ AttentionArgs arguments(const char* op, const Tensor& q, const Tensor& k, const 
   a.softcap = float(o.softcap), a.scale = float(o.scale), a.dtype = dtype_of(q, op, "q");
   a.cache = cpu::Cache(int(a.dtype));
   a.earliest = earliest(a);
+  if (o.bias.defined()) a.bias = bias_view(op, o.bias, a);
+  a.dropout = dropout_of(op, o.seed, o.dropout);
   return a;
 }
 
 // Few rows leave the blocked kernel's lanes empty, and too few tiles to share out a long cache.
-bool is_decode(const AttentionArgs& a) { return a.S <= 8 && a.S * a.group() <= 64; }
+bool is_decode(const AttentionArgs& a) {
+  return a.S <= 8 && a.S * a.group() <= 64 && a.bias.data == nullptr && a.dropout.none();
+}
+
+Tensor as_float(const std::optional<Tensor>& x) { return x ? x->to(at::kFloat) : Tensor(); }
 
 // The keys a query meets at the most.
 int64_t span(const AttentionArgs& a) { return a.begin ? a.T : std::min(a.T, a.left + a.right + 1); }
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_,
-                                         const std::optional<Tensor>& sinks, const std::optional<Tensor>& begin,
-                                         const std::optional<Tensor>& end, int64_t left, int64_t right,
-                                         double softcap, double scale) {
+                                         const std::optional<Tensor>& sinks, const std::optional<Tensor>& bias,
+                                         const std::optional<Tensor>& begin, const std::optional<Tensor>& end,
+                                         const std::optional<Tensor>& seed, int64_t left, int64_t right,
+                                         double softcap, double scale, double dropout) {
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
-  const Options options{dense(sinks), dense(begin, at::kInt), dense(end, at::kInt), left, right, softcap, scale};
+  const Options options{dense(sinks), as_float(bias), dense(begin, at::kInt), dense(end, at::kInt), seed,
+                        left, right, softcap, scale, dropout};
   AttentionArgs a = arguments("attention", q, k, v, options);
   const Tensor out = empty_like_heads(q);
   const Tensor lse = at::detail::empty_cpu({a.B, a.H, a.S}, at::kFloat);
@@ -88,13 +123,15 @@ Tensor sink_gradient(const AttentionArgs& a) {
   return dsinks;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout_, const std::optional<Tensor>& dlse_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
-    const std::optional<Tensor>& sinks, const std::optional<Tensor>& begin, const std::optional<Tensor>& end,
-    int64_t left, int64_t right, double softcap, double scale) {
+    const std::optional<Tensor>& sinks, const std::optional<Tensor>& bias, const std::optional<Tensor>& begin,
+    const std::optional<Tensor>& end, const std::optional<Tensor>& seed, int64_t left, int64_t right,
+    double softcap, double scale, double dropout, bool bias_grad) {
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), dout = dense_rows(dout_);
   const Tensor dlse = dense(dlse_);
-  const Options options{dense(sinks), dense(begin, at::kInt), dense(end, at::kInt), left, right, softcap, scale};
+  const Options options{dense(sinks), as_float(bias), dense(begin, at::kInt), dense(end, at::kInt), seed,
+                        left, right, softcap, scale, dropout};
   AttentionArgs a = arguments("attention_bwd", q, k, v, options);
   TORCH_CHECK_VALUE(!dlse.defined() || dlse.numel() == a.B * a.H * a.S, "attention_bwd: dlse ", dlse.sizes(),
                     " does not fit q ", q.sizes());
@@ -112,12 +149,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   if (dk.numel())
     run(TW_PICK(attention_dkv), a, a.B * a.G * a.key_tiles(),
         each * (a.begin ? a.S : std::min(a.S, a.left + a.right + 1)) * a.group(), a.blocked_scratch());
-  return {dq, dk, dv, sink_gradient(a)};
+  Tensor dbias = at::detail::empty_cpu({0}, at::kFloat);
+  if (options.bias.defined() && bias_grad) {
+    dbias = at::zeros(options.bias.sizes(), at::kFloat);
+    a.dbias = bias_view("attention_bwd", dbias, a);
+    if (dbias.numel() && dk.numel() && dq.numel())
+      run(TW_PICK(attention_dbias), a, a.dbias_items(),
+          3 * a.D * a.S * (a.B * a.H * a.T / a.dbias_items() + 1), a.blocked_scratch());
+  }
+  return {dq, dk, dv, sink_gradient(a), dbias};
 }
 
 Tensor call_fwd(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale) {
   static const auto op = operator_of("attention_fwd", &attention_fwd);
-  return std::get<0>(op.call(q, k, v, std::nullopt, std::nullopt, std::nullopt, -1, causal ? 0 : -1, 0.0, scale));
+  return std::get<0>(op.call(q, k, v, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
+                             std::nullopt, -1, causal ? 0 : -1, 0.0, scale, 0.0));
 }
 
 struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
@@ -133,8 +179,10 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     return once_differentiable(dout, [&]() -> variable_list {
       const variable_list saved = ctx->get_saved_variables();
       const int64_t right = ctx->saved_data["causal"].toBool() ? 0 : -1;
-      const auto [dq, dk, dv, dsinks] = op.call(dout[0], std::nullopt, saved[0], saved[1], saved[2], std::nullopt,
-                                                std::nullopt, std::nullopt, -1, right, 0.0, ctx->saved_data["scale"].toDouble());
+      const double scale = ctx->saved_data["scale"].toDouble();
+      const auto [dq, dk, dv, dsinks, dbias] =
+          op.call(dout[0], std::nullopt, saved[0], saved[1], saved[2], std::nullopt, std::nullopt, std::nullopt,
+                  std::nullopt, std::nullopt, -1, right, 0.0, scale, 0.0, false);
       const Tensor none;
       return {dq, dk, dv, none, none};
     });

@@ -38,6 +38,8 @@ template <class T> void prefill_tile(const AttentionArgs& a, int64_t item, float
   const int64_t R = a.group(), D = a.D;
   float *qt = scratch, *ot = qt + D * L, *scores = ot + D * L, *m = scores + NB * L, *l = m + L,
         *alpha = l + L, *k_space = alpha + L, *v_space = k_space + NB * a.padded();
+  RowWords words;
+  if (!a.dropout.none()) draw_words(a, x, words);
   if (x.rows < L) clear(qt, D * L);
   clear(ot, D * L);
   for (int lane = 0; lane < L; ++lane) {
@@ -53,15 +55,17 @@ template <class T> void prefill_tile(const AttentionArgs& a, int64_t item, float
     const Rows k = stage(at<T>(a.k, x.b, x.g, j), a.k.row, count, D, k_space);
     gemm<true, SET>(k.data, k.stride, qt, scores, count, D, x.vectors, {score_factor(a)});
     if (a.softcap != 0.f) cap(scores, nullptr, count, x.vectors, a.softcap);
+    if (a.bias.data) add_bias(a, x, scores, j, count);
     mask_rows(scores, j, count, x);
     softmax_step(scores, count, x.vectors, m, l, alpha);
+    if (!a.dropout.none()) drop(scores, a.dropout, words, j, count);
     const Rows v = stage(at<T>(a.v, x.b, x.g, j), a.v.row, count, D, v_space);
     gemm<false, RESCALE>(v.data, v.stride, scores, ot, D, count, x.vectors, {1.f, alpha});
   }
   for (int lane = 0; lane < x.rows; ++lane) {
     const int64_t row = x.first + lane, i = row / R;
     const int64_t h = x.g * R + row % R;
-    transpose_out(ot, at<T>(a.out, x.b, h, i), lane, D, a.blind(x.b, i) ? 0.f : 1.f / l[lane], k_space);
+    transpose_out(ot, at<T>(a.out, x.b, h, i), lane, D, blind(a, x.b, i, l[lane]) ? 0.f : 1.f / l[lane], k_space);
     a.lse[(x.b * a.H + h) * a.S + i] = lse_of(m[lane], l[lane]);
   }
 }

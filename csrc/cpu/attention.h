@@ -16,6 +16,24 @@ struct AttentionView {
   int64_t batch, head, row;
 };
 
+// What is added to the score of a batch, head, query and key: strides in elements, 0 where they share.
+struct AttentionBias {
+  float* data;  // null: nothing
+  int64_t batch, head, row, key;
+
+  float* at(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    return data + b * batch + h * head + i * row + j * key;
+  }
+};
+
+// Dropout draws a word for each query and key of each head: it stays where that is `least` or more.
+struct AttentionDropout {
+  uint32_t seed[2] = {0, 0};  // low, high
+  uint32_t least = 0;         // 0: no dropout, or of all
+  float kept = 1.f;           // what those that stay are times; 1: no dropout
+  bool none() const { return kept == 1.f; }
+};
+
 // What the backward finds out about each row and its two halves share, each [B, H, S]:
 // P = e^(s - top) * norm, and dS = P ((dP - mean) - drift).
 struct AttentionRows {
@@ -40,6 +58,9 @@ struct AttentionArgs {
   const int32_t *begin, *end;  // [B, S] or null: query i sees keys begin[i] .. end[i] - 1,
   int64_t left, right;         // or where null i + T - S - left .. i + T - S + right
   int64_t earliest;            // the first key that any query sees
+  AttentionBias bias;          // not decode's, nor the next two
+  AttentionBias dbias;         // backward only
+  AttentionDropout dropout;
   int64_t B, H, G, S, T, D;
   float softcap;        // 0: none
   float scale;
@@ -64,6 +85,10 @@ struct AttentionArgs {
   }
   // Whether query i sees no key, nor a sink: then its output and gradients are 0, and not 0 / 0.
   bool blind(int64_t b, int64_t i) const { return sinks == nullptr && to(b, i) <= from(b, i); }
+  // A tile of keys each, or all keys where they share; of a head of a batch, or of all that share.
+  int64_t dbias_items() const {
+    return (dbias.batch ? B : 1) * (dbias.head ? H : 1) * (dbias.key ? key_tiles() : 1);
+  }
   float key_scale(int64_t g) const { return k_scale ? k_scale[g] : 1.f; }
   float value_scale(int64_t g) const { return v_scale ? v_scale[g] : 1.f; }
   // floats of scratch each thread needs
@@ -74,11 +99,12 @@ struct AttentionArgs {
 };
 
 // Items: prefill and dq [B * G * row_tiles], dkv [B * G * key_tiles], decode [B * G * chunks],
-// combine [B * G * S * R].
+// combine [B * G * S * R], dbias [dbias_items()].
 TW_DECLARE(void, attention_prefill, const AttentionArgs& a, float* scratch, int64_t begin, int64_t end)
 TW_DECLARE(void, attention_decode, const AttentionArgs& a, float* scratch, int64_t begin, int64_t end)
 TW_DECLARE(void, attention_combine, const AttentionArgs& a, int64_t begin, int64_t end)
 TW_DECLARE(void, attention_dq, const AttentionArgs& a, float* scratch, int64_t begin, int64_t end)
 TW_DECLARE(void, attention_dkv, const AttentionArgs& a, float* scratch, int64_t begin, int64_t end)
+TW_DECLARE(void, attention_dbias, const AttentionArgs& a, float* scratch, int64_t begin, int64_t end)
 
 }  // namespace tilewright::cpu

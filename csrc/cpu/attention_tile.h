@@ -18,6 +18,7 @@ namespace {
 constexpr int L = ATTENTION_LANES, NB = ATTENTION_BLOCK;
 constexpr float LOWEST = -3.402823466e38f;  // a running maximum that -inf minus it is not nan
 constexpr float INF = __builtin_inff();
+constexpr float HIDDEN = -2.3e38f;  // a bias below it hides its key
 
 // Register tile: MR broadcasts x NV vectors of accumulators fill 24 of AVX-512's 32 registers, 12
 // of AVX2's 16.
@@ -202,6 +203,68 @@ TW_INLINE void mask_rows(float* scores, int64_t j0, int64_t count, const Tile& x
   for (int32_t j = int32_t(j0); j < j0 + count; ++j, scores += L)
     for (int lane = 0; lane < L; ++lane)
       scores[lane] = (j >= x.lo[lane]) & (j < x.hi[lane]) ? scores[lane] : -INF;
+}
+
+TW_INLINE float hiding(float bias) { return bias < HIDDEN ? -INF : bias; }
+
+// Scores [count, L] of keys from j0 on and a tile's rows, with their bias.
+TW_INLINE void add_bias(const AttentionArgs& a, const Tile& x, float* scores, int64_t j0, int64_t count) {
+  const int64_t R = a.group();
+  for (int lane = 0; lane < x.rows; ++lane) {
+    const int64_t row = x.first + lane;
+    const float* const bias = a.bias.at(x.b, x.g * R + row % R, row / R, j0);
+    for (int64_t j = 0; j < count; ++j) scores[j * L + lane] += hiding(bias[j * a.bias.key]);
+  }
+}
+
+// 32 bits of x, well mixed, and y: two rounds of Wellons' lowbias32.
+TW_INLINE uint32_t mixed(uint32_t x, uint32_t y) {
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  return (x ^ y ^ (x >> 15)) * 0x846CA68Bu;
+}
+
+// Two words that the draws of a row's keys come from; the row is mixed before the seed comes to it, else
+// seeds that are neighbours share their rows.
+struct Words {
+  uint32_t a, b;
+};
+TW_INLINE Words row_words(const AttentionArgs& a, int64_t b, int64_t h, int64_t i) {
+  const uint64_t row = uint64_t((b * a.H + h) * a.S + i);
+  const uint32_t* const seed = a.dropout.seed;
+  uint32_t w = mixed(uint32_t(row), uint32_t(row >> 32));
+  w = mixed((w ^ (w >> 16)) + seed[0], seed[1]);
+  w ^= w >> 16;
+  return {w, mixed(w, seed[1])};
+}
+
+// What dropout makes a probability times.
+TW_INLINE float kept(const AttentionDropout& x, uint32_t key, Words w) {
+  return mixed(key * 0x9E3779B9u + w.a, w.b) >= x.least ? x.kept : 0.f;
+}
+
+// The words of a tile's rows.
+struct RowWords {
+  uint32_t a[L], b[L];
+};
+TW_INLINE void draw_words(const AttentionArgs& a, const Tile& x, RowWords& words) {
+  const int64_t R = a.group();
+  for (int lane = 0; lane < L; ++lane) {
+    const int64_t row = x.first + lane;
+    const Words w = row_words(a, x.b, x.g * R + row % R, row / R);
+    words.a[lane] = w.a, words.b[lane] = w.b;
+  }
+}
+
+// [count, L] of keys from j0 on: times what dropout makes of them.
+TW_INLINE void drop(float* x, const AttentionDropout& dropout, const RowWords& words, int64_t j0, int64_t count) {
+  for (int64_t j = 0; j < count; ++j)
+    for (int lane = 0; lane < L; ++lane)
+      x[j * L + lane] *= kept(dropout, uint32_t(j0 + j), {words.a[lane], words.b[lane]});
+}
+
+// Whether a row gives 0, and not 0 / 0.
+TW_INLINE bool blind(const AttentionArgs& a, int64_t b, int64_t i, float sum) {
+  return a.blind(b, i) || (a.bias.data != nullptr && sum == 0.f);
 }
 
 // What a row of head h starts with: the sink, or nothing.

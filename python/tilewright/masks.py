@@ -1,8 +1,11 @@
-"""Common attention masks as ranges of keys, for ops.attention's `ranges`.
+"""Common attention masks, as ranges of keys for ops.attention's `ranges`, or as its `bias`.
 
-Each returns (begin, end), integers that broadcast to [B, S]: query i of batch b sees keys begin[b, i] to
-end[b, i] - 1, or none where end <= begin.  B batch, S queries, T keys.
+Ranges are (begin, end), integers that broadcast to [B, S]: query i of batch b sees keys begin[b, i] to
+end[b, i] - 1, or none where end <= begin; they cost no memory and skip what no one sees.  `additive` and
+`alibi` make a bias.  B batch, H heads, S queries, T keys.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -56,6 +59,32 @@ def from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
             " between them"
         )
     return begin, end
+
+
+def additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A bias [..., S, T] of dtype: 0 where the bool mask is true, a key seen, and -inf where it is not.
+
+    For masks that leave holes, which ranges cannot say.  ValueError on another dtype of mask.
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"additive: mask {tuple(mask.shape)} {mask.dtype} is no bool")
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+
+
+def alibi(H: int, T: int, *, device: torch.device | str | None = None) -> Tensor:
+    """ALiBi's bias [H, 1, T] of float32: slope times a key's place, counted from the last key.
+
+    That is slope (j - p) of key j and query p but for a number that a query's keys share: it changes no
+    probability, and lse by that number.  Slopes are the paper's, and between two powers of two heads those
+    of its code.  ValueError where H or T are below 1 or 0.  Press et al. 2022, arXiv:2108.12409.
+    """
+    if H < 1 or T < 0:
+        raise ValueError(f"alibi: {H} heads and {T} keys are none")
+    whole = 2 ** math.floor(math.log2(H))
+    slopes = [2 ** (-8 * i / whole) for i in range(1, whole + 1)]
+    slopes += [2 ** (-4 * i / whole) for i in range(1, 2 * (H - whole), 2)]
+    places = torch.arange(1 - T, 1, dtype=torch.float32, device=device)
+    return torch.tensor(slopes, dtype=torch.float32, device=device)[:, None, None] * places
 
 
 def hull(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,19 +2,17 @@
 
 transformers asks an attention implementation for two functions: one makes the mask, once a forward, the
 other attends, once a layer.  Ours makes ranges of keys of any mask whose rows each see neighbours: causal,
-window, chunk, padding left or right, packed documents.  What the kernels do not do (padding between keys,
-a bias, dropout) goes to torch's attention, or where a layer has a softcap or sinks to the model's own.
+window, chunk, padding left or right, packed documents.  Other masks (padding between keys) and position
+biases are added to the scores.
 """
 
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tilewright import ops
-from tilewright.masks import hull
+from tilewright.masks import additive, hull
 
 NAME = "tilewright"
 PART = 1 << 22  # elements of a mask that are looked at together
@@ -75,11 +73,12 @@ def attention_forward(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """A layer's attention: query [B, H, S, D], key, value [B, G, T, D] -> [B, S, H, D], and None or what the
-    model's own attention gives beside it.
+    """A layer's attention: query [B, H, S, D], key, value [B, G, T, D] -> [B, S, H, D], and None, as no
+    probabilities are kept.
 
-    A window is in the mask already.  softcap and s_aux (a sink a head) are ops.attention's.  ValueError on
-    a mask of ours that the model has changed, and where the layer picks keys of its own.
+    A window is in the mask already.  softcap, s_aux (a sink a head) and dropout are ops.attention's;
+    position_bias, that broadcasts to [B, H, S, T], and masks that are no ranges are its bias.  ValueError on a
+    mask of ours that the model has changed, and where the layer picks keys of its own.
     """
     name = type(module).__name__
     picked = [k for k in ("indices", "block_indices") if kwargs.get(k) is not None]
@@ -97,22 +96,21 @@ def attention_forward(
             f"tilewright: {name} gives a mask {tuple(attention_mask.shape)} of {attention_mask.dtype}:"
             " the model has changed the ranges that stand for its masks"
         )
-    S, T = query.size(2), key.size(2)
+    S = query.size(2)
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal) and S > 1
     if given is None and attention_mask is None and causal:
         given = _causal(query.device, S)
-    if attention_mask is not None or dropout or position_bias is not None:
-        mask = attention_mask if given is None else _as_mask(given, T)
-        other = _torch_attention if softcap is None and s_aux is None else _own_attention(module)
-        return other(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling,
-            is_causal=False, softcap=softcap, s_aux=s_aux, position_bias=position_bias, **kwargs,
-        )  # fmt: skip
+    bias = position_bias
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            attention_mask = additive(attention_mask, query.dtype)
+        bias = attention_mask if bias is None else bias + attention_mask
     begin, end = (None, None) if given is None else given[:, 0].unbind(-1)
     ranges = None if begin is None or end is None else (begin, end)
     out = ops.attention(
-        query, key, value, ranges=ranges, softcap=softcap, sinks=s_aux, scale=scaling
-    )
+        query, key, value, ranges=ranges, bias=bias, softcap=softcap, sinks=s_aux, scale=scaling,
+        dropout_p=dropout,
+    )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -124,37 +122,3 @@ def _causal(device: torch.device | str, S: int) -> Tensor:
 
 def _are_ranges(mask: Tensor) -> bool:
     return mask.dtype == torch.int32 and mask.dim() == 4 and mask.size(3) == 2
-
-
-def _as_mask(ranges: Tensor, T: int) -> Tensor:
-    """Ranges [B, 1, S, 2] as a bool mask [B, 1, S, T]."""
-    begin, end = ranges.unsqueeze(-2).unbind(-1)
-    keys = torch.arange(T, device=ranges.device)
-    return (keys >= begin) & (keys < end)
-
-
-def _torch_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    return sdpa_attention_forward(*args, **kwargs)
-
-
-def _own_attention(module: torch.nn.Module) -> Callable:
-    """The eager attention of the module's own model, which takes masks that are added to the scores."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if eager is None:
-        raise ValueError(
-            f"tilewright: {type(module).__name__} asks for attention that no kernel of ours gives"
-            " (a mask with holes, a bias or dropout beside a softcap or sinks), and has no own"
-        )
-
-    def attend(
-        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        if mask is not None and mask.dtype == torch.bool:
-            lowest = torch.finfo(query.dtype).min
-            mask = torch.where(mask, 0.0, lowest).to(query.dtype)
-        return eager(module, query, key, value, mask, **kwargs)
-
-    return attend

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tilewright import ops
+from tilewright import masks, ops
 
 MOST_HEAD_DIM = 256  # of the kernels; torch's own is faster than our reference
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,12 +28,18 @@ def scaled_dot_product_attention(
     """torch.nn.functional.scaled_dot_product_attention on ops.attention.
 
     query [..., H, S, D], key, value [..., G, T, D] -> [..., H, S, D], H a multiple of G under enable_gqa
-    and else G.  is_causal lets query i see keys up to i, from the first on, as torch has it (ops.attention's
-    causal counts from the last).  Any gradient; arguments and errors are torch's, whose own attention takes
-    what no kernel of ours does: a mask, dropout, float64, head dims above 256, values of another width
-    than keys, batches that broadcast.
+    and else G.  attn_mask broadcasts to [..., H, S, T]: bool, true where a key is seen, or floats that are added
+    to the scores; a query that sees no key gives 0.  is_causal lets query i see keys up to i, from the first
+    on, as torch has it (ops.attention's causal counts from the last).  Any gradient, attn_mask's too;
+    arguments and errors are torch's, whose own attention takes what no kernel of ours does: float64, head
+    dims above 256, values of another width than keys, batches that broadcast.  Dropout draws otherwise than
+    torch's.
     """
-    if attn_mask is not None or dropout_p != 0.0 or not _ours(query, key, value, enable_gqa):
+    if (
+        not _ours(query, key, value, enable_gqa)
+        or not _is_mask(attn_mask, query, key, is_causal)
+        or not 0.0 <= dropout_p <= 1.0
+    ):
         # of no heads torch's fused CUDA kernels make None
         empty = query.dim() >= 3 and query.size(-3) == 0
         with sdpa_kernel(SDPBackend.MATH) if empty else nullcontext():
@@ -47,8 +53,28 @@ def scaled_dot_product_attention(
     if is_causal and S != T:
         seen = torch.arange(1, S + 1, device=query.device)
         ranges = (torch.zeros_like(seen), seen)
-    out = ops.attention(q, k, v, causal=is_causal and S == T, ranges=ranges, scale=scale)
+    bias = attn_mask
+    if bias is not None and bias.dtype == torch.bool:
+        bias = masks.additive(bias, query.dtype)
+    out = ops.attention(
+        q, k, v, causal=is_causal and S == T, ranges=ranges, bias=bias, scale=scale, dropout_p=dropout_p
+    )  # fmt: skip
     return out.reshape(query.shape)
+
+
+def _is_mask(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool) -> bool:
+    """Whether mask is none, or one that torch takes and that broadcasts over heads of one batch dimension."""
+    if mask is None:
+        return True
+    shape = (*query.shape[:-1], key.size(-2))
+    most = len(shape) if len(shape) <= 4 else 3
+    return (
+        not is_causal
+        and mask.dtype in (torch.bool, torch.float32, query.dtype)
+        and mask.device == query.device
+        and 2 <= mask.dim() <= most
+        and all(a in (1, b) for a, b in zip(reversed(mask.shape), reversed(shape), strict=False))
+    )
 
 
 def _ours(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:

@@ -16,12 +16,13 @@ from tilewright.nn import functional
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """torch.nn.MultiheadAttention: its arguments, parameters, state dict and results.
 
-    With need_weights=False the heads attend through our kernels: without masks, with a causal one that
-    is_causal names, and on the CPU with any masks that leave each query neighbouring keys and are the same
-    for all heads (padding left or right, windows).  The rest is torch's: weights, which are S T numbers a
-    head, dropout in training, bias_k and bias_v, add_zero_attn, other masks, nested tensors, float64.
+    With need_weights=False the heads attend through our kernels.  Tiles that no query sees are skipped for a
+    causal mask that is_causal names, and on the CPU for masks that leave each query neighbouring keys and are
+    the same for all heads (padding left or right, windows); other masks are added to the scores.  The rest
+    is torch's: weights, which are S T numbers a head, bias_k and bias_v, add_zero_attn, nested tensors,
+    float64.
 
-    A query that sees no key gives out_proj of 0, where torch's gives nan.
+    A query that sees no key gives out_proj of 0, where torch's gives nan.  Dropout draws otherwise than torch's.
     """
 
     def forward(
@@ -41,24 +42,29 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         key_padding_mask [N, T] and attn_mask [S, T] or [N H, S, T] are true, or -inf, where a key is
         hidden.  is_causal says that attn_mask is causal.  Errors are torch's.
         """
-        ranges = None
+        ranges = bias = None
         served = not need_weights and self._is_served(query, key, value)
         if attn_mask is None:
             served = served and not is_causal  # torch says what is wrong
         causal = is_causal and key_padding_mask is None
         if served and not causal and (attn_mask is not None or key_padding_mask is not None):
             ranges = self._ranges(query, key, attn_mask, key_padding_mask)
-            served = ranges is not None
+            if ranges is None:
+                bias = self._bias(query, key, attn_mask, key_padding_mask)
+            served = ranges is not None or bias is not None
         if not served:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
             )  # fmt: skip
         q, k, v = (self._heads(x) for x in self._projected(query, key, value))
-        if ranges is None:
-            out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        dropout_p = self.dropout if self.training else 0.0
+        if causal:
+            out = functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, dropout_p=dropout_p
+            )
         else:
-            out = ops.attention(q, k, v, ranges=ranges)
+            out = ops.attention(q, k, v, ranges=ranges, bias=bias, dropout_p=dropout_p)
         out = out.transpose(1, 2).flatten(2)  # [N, S, E]
         if query.dim() == 2:
             out = out[0]
@@ -73,7 +79,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return (
             self.bias_k is None
             and not self.add_zero_attn
-            and not (self.training and self.dropout > 0)
             and self.head_dim <= functional.MOST_HEAD_DIM
             and not any(x.is_nested for x in tensors)
             and query.dim() in (2, 3)
@@ -131,6 +136,33 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 first, last = first[:, None], last[:, None]
             begin, end = torch.maximum(begin, first), torch.minimum(end, last)
         return begin, end
+
+    def _bias(
+        self, query: Tensor, key: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None
+    ) -> Tensor | None:
+        """What both masks add to the scores [N, H, S, T], or broadcasts to that; None where torch says what
+        is wrong with them."""
+        length = 1 if self.batch_first and query.dim() == 3 else 0
+        S, T = query.size(length), key.size(length)
+        N = query.size(1 - length) if query.dim() == 3 else 1
+        parts = []
+        if attn_mask is not None:
+            if attn_mask.shape not in ((S, T), (N * self.num_heads, S, T)):
+                return None
+            heads = (N, self.num_heads) if attn_mask.dim() == 3 else (1, 1)
+            parts.append(attn_mask.reshape(*heads, S, T))
+        if key_padding_mask is not None:
+            if key_padding_mask.shape != ((N, T) if query.dim() == 3 else (T,)):
+                return None
+            parts.append(key_padding_mask.reshape(N, 1, 1, T))
+        bias = None
+        for mask in parts:
+            if mask.dtype == torch.bool:
+                mask = masks.additive(~mask, query.dtype)
+            elif not mask.is_floating_point():
+                return None
+            bias = mask if bias is None else bias + mask
+        return bias
 
 
 def _seen(mask: Tensor) -> Tensor | None:

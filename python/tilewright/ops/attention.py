@@ -23,24 +23,29 @@ def _heads_last(x: Tensor) -> Tensor:
 
 
 def _fwd_fake(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, begin: Tensor | None, end: Tensor | None,
-    left: int, right: int, softcap: float, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, begin: Tensor | None,
+    end: Tensor | None, seed: Tensor | None, left: int, right: int, softcap: float, scale: float,
+    dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _bwd_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
-    begin: Tensor | None, end: Tensor | None, left: int, right: int, softcap: float, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    bias: Tensor | None, begin: Tensor | None, end: Tensor | None, seed: Tensor | None,
+    left: int, right: int, softcap: float, scale: float, dropout: float, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dsinks = q.new_empty(0 if sinks is None else sinks.shape, dtype=torch.float32)
-    return _heads_last(q), _heads_last(k), _heads_last(k), dsinks
+    dbias = q.new_empty(bias.shape if bias is not None and bias_grad else 0, dtype=torch.float32)
+    return _heads_last(q), _heads_last(k), _heads_last(k), dsinks, dbias
 
 
-# begin and end, int32 [B, S]: query i sees keys begin[i] .. end[i] - 1.  Without them, left and right
-# are how far back and ahead a query sees, -1 without end.  softcap 0 is none.
+# bias broadcasts to [B, H, S, T].  begin and end, int32 [B, S]: query i sees keys begin[i] .. end[i] - 1.
+# Without them, left and right are how far back and ahead a query sees, -1 without end.  softcap 0 is none.
+# dropout above 0 drops by the draws of seed, int64 [1].
 _OPTIONS = (
-    "Tensor? sinks, Tensor? begin, Tensor? end, int left, int right, float softcap, float scale"
+    "Tensor? sinks, Tensor? bias, Tensor? begin, Tensor? end, Tensor? seed, int left, int right,"
+    " float softcap, float scale, float dropout"
 )
 _fwd = _op.register(
     "attention",
@@ -49,8 +54,8 @@ _fwd = _op.register(
 )
 _bwd = _op.register(
     "attention",
-    f"attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, {_OPTIONS},"
+    " bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
 
@@ -58,22 +63,27 @@ _bwd = _op.register(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
-        begin: Tensor | None, end: Tensor | None, *options: Any,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None,
+        begin: Tensor | None, end: Tensor | None, seed: Tensor | None, *options: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, sinks, begin, end)
+        ctx.save_for_backward(q, k, v, sinks, bias, begin, end, seed)
         ctx.options = options
-        return _fwd(q, k, v, sinks, begin, end, *options)
+        return _fwd(q, k, v, sinks, bias, begin, end, seed, *options)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, begin, end = ctx.saved_tensors
+        q, k, v, sinks, bias, *others = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(q)
-        dq, dk, dv, dsinks = _bwd(dout, dlse, q, k, v, sinks, begin, end, *ctx.options)
-        return dq, dk, dv, None if sinks is None else dsinks.to(sinks.dtype), *(None,) * 6
+        bias_grad = ctx.needs_input_grad[4]
+        dq, dk, dv, dsinks, dbias = _bwd(
+            dout, dlse, q, k, v, sinks, bias, *others, *ctx.options, bias_grad
+        )
+        dsinks = None if sinks is None else dsinks.to(sinks.dtype)
+        dbias = dbias.to(bias.dtype) if bias_grad else None
+        return dq, dk, dv, dsinks, dbias, *(None,) * 8
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -133,6 +143,21 @@ def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
     return q, k, v
 
 
+def _check_bias(bias: Tensor, q: Tensor, T: int) -> None:
+    """Raises unless it broadcasts to q's scores."""
+    B, H, S, _ = q.shape
+    if (
+        not bias.is_floating_point()
+        or bias.device != q.device
+        or bias.dim() > 4
+        or any(a not in (1, b) for a, b in zip(reversed(bias.shape), (T, S, H, B), strict=False))
+    ):
+        raise ValueError(
+            f"attention: bias {tuple(bias.shape)} {bias.dtype} on {bias.device} does not fit q"
+            f" {tuple(q.shape)} on {q.device}: floats that broadcast to [{B}, {H}, {S}, {T}]"
+        )
+
+
 def checked_window(
     op: str, q: Tensor, causal: bool, window: tuple[int, int] | None,
     softcap: float | None, sinks: Tensor | None,
@@ -182,18 +207,24 @@ def _folded(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, begin: Tensor | None, end: Tensor | None,
-    left: int, right: int, softcap: float | None, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, begin: Tensor | None,
+    end: Tensor | None, left: int, right: int, softcap: float | None, scale: float,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operators, and their gradients where one is wanted; all is checked."""
-    inputs = (q, k, v, sinks)
+    inputs = (q, k, v, sinks, bias)
+    seed = None
+    if dropout_p > 0:  # as the reference draws it
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
     options = (
         begin,
         end,
+        seed,
         left,
         right,
         0.0 if softcap is None else softcap,
         scale,
+        dropout_p,
     )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Attention.apply(*inputs, *options)
@@ -208,9 +239,11 @@ def attention_with_lse(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     ranges: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """attention, and the natural logarithm of the softmax's denominator, the sink included.
 
@@ -222,18 +255,22 @@ def attention_with_lse(
     if not _fits(q, k, v) or not q.is_floating_point():
         raise ValueError(f"attention: {_misfit(q, k, v)}")
     left, right = checked_window("attention", q, causal, window, softcap, sinks)
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"attention: dropout_p must be from 0 to 1, not {dropout_p}")
+    if bias is not None:
+        _check_bias(bias, q, k.size(2))
     begin = end = None
     if ranges is not None:
         begin, end = _folded(ranges, q, k.size(2), left, right)
         left = right = -1
     if max(q.size(3), v.size(3)) > MAX_D or not _op.serves("attention", q):
         return _op.twin("attention_with_lse")(
-            q, k, v, window=(left, right), ranges=None if begin is None else (begin, end),
-            softcap=softcap, sinks=sinks, scale=scale,
+            q, k, v, window=(left, right), ranges=None if begin is None else (begin, end), bias=bias,
+            softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
         )  # fmt: skip
     width = v.size(3)
     q, k, v, scale = of_one_width(q, k, v, scale)
-    out, lse = attend(q, k, v, sinks, begin, end, left, right, softcap, scale)
+    out, lse = attend(q, k, v, sinks, bias, begin, end, left, right, softcap, scale, dropout_p)
     return out if out.size(3) == width else out[..., :width], lse
 
 
@@ -245,9 +282,11 @@ def attention(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     ranges: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Scaled dot-product attention, softmax(scale q kᵀ) v.
 
@@ -261,9 +300,14 @@ def attention(
     (tilewright.masks makes them).  It sees the keys that all of these let it see; those before the
     first and past the last that a block of queries sees are not read.  A row that sees nothing gives 0,
     and zero gradients.
+    `bias`, floats that broadcast to [B, H, S, T], is added to the scaled, capped scores; where it is -inf
+    (or below -2.3e38) it hides a key.  What it is broadcast over is not in memory, nor is the gradient of
+    more than it (tilewright.masks makes masks and ALiBi such).  `dropout_p` drops probabilities and scales
+    the others by 1 / (1 - dropout_p); one seed comes of torch's generator of the device, the backward draws again
+    from it, and no mask is stored.
     `scale` defaults to D ** -0.5.  `softcap` c bounds the scaled scores s: c tanh(s / c) (Gemma 2).
     `sinks` [H], any float dtype, are scores of one more key a head, whose value is 0: they take
-    their share of the softmax (GPT-OSS).  All are differentiable in q, k, v and sinks.
+    their share of the softmax (GPT-OSS).  All are differentiable in q, k, v, bias and sinks.
 
     Under autocast q, k and v take its dtype, as F.scaled_dot_product_attention's do.  ValueError on
     shapes, dtypes, devices or options that do not fit.  Dao 2023, arXiv:2307.08691, algorithms 1, 2.
@@ -272,8 +316,10 @@ def attention(
         _direct is not None
         and window is None
         and ranges is None
+        and bias is None
         and softcap is None
         and sinks is None
+        and dropout_p == 0
         and q.is_cpu
         and not torch.compiler.is_compiling()
     ):
@@ -281,8 +327,8 @@ def attention(
         if out is not None:
             return out
     return attention_with_lse(
-        q, k, v, causal=causal, window=window, ranges=ranges,
-        softcap=softcap, sinks=sinks, scale=scale,
+        q, k, v, causal=causal, window=window, ranges=ranges, bias=bias,
+        softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
     )[0]  # fmt: skip
 
 

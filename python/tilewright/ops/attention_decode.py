@@ -250,7 +250,7 @@ def _decode(
         unseen = torch.arange(T, device=q.device) < begin[:, :1]
         v = v.masked_fill(unseen[:, None, :, None], 0.0)
     begin, end = (x.to(torch.int32) for x in (begin, here + 1))
-    return attend(q, k, v, sinks, begin, end, -1, -1, softcap, scale)
+    return attend(q, k, v, sinks, None, begin, end, -1, -1, softcap, scale)
 
 
 def attention_decode(

@@ -106,7 +106,7 @@ def attention_varlen_with_lse(
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     width = v.size(3)
     q, k, v, scale = of_one_width(q, k, v, scale)
-    out, lse = attend(q, k, v, sinks, begin, end, -1, -1, softcap, scale)
+    out, lse = attend(q, k, v, sinks, None, begin, end, -1, -1, softcap, scale)
     return out[..., :width].squeeze(0).transpose(0, 1), lse.squeeze(0)
 
 

@@ -32,6 +32,29 @@ def hidden_from(
     return hidden
 
 
+HIDDEN = -2.3e38  # a bias below it hides its key
+WORD = 0xFFFFFFFF
+
+
+def _mixed(x: Tensor, y: Tensor) -> Tensor:
+    """32 bits of x, well mixed, and y: two rounds of Wellons' lowbias32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & WORD
+    return (x ^ y ^ (x >> 15)) * 0x846CA68B & WORD
+
+
+def keeps(seed: Tensor, rows: int, T: int, dropout_p: float) -> Tensor:
+    """[rows, T], false where dropout drops: of seed [1], int64, a hash of row and key, as 32 bits."""
+    low, high = seed & WORD, seed >> 32 & WORD
+    row = torch.arange(rows, device=seed.device)
+    a = _mixed(row & WORD, row >> 32)
+    a = _mixed((a ^ a >> 16) + low & WORD, high)
+    a = a ^ a >> 16
+    b = _mixed(a, high)
+    key = torch.arange(T, device=seed.device) * 0x9E3779B9
+    draw = _mixed(a[:, None] + key & WORD, b[:, None])
+    return draw >= int(torch.tensor(dropout_p, dtype=torch.float32).double().item() * 2**32)
+
+
 def attention_with_lse(
     q: Tensor,
     k: Tensor,
@@ -40,11 +63,13 @@ def attention_with_lse(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     ranges: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale q kᵀ) v and the log of its denominator:
+    """softmax(scale q kᵀ + bias) v and the log of its denominator:
 
     q [B, H, S, D], k [B, G, T, D], v [B, G, T, Dv] -> [B, H, S, Dv], [B, H, S].  The softmax is at least float32, the
     products of q's dtype.  Under autocast the inputs take its dtype, as torch's do.
@@ -55,8 +80,8 @@ def attention_with_lse(
         q, k, v = (t if t.dtype == torch.float64 else t.to(low) for t in (q, k, v))
         with torch.autocast(device, enabled=False):
             return attention_with_lse(
-                q, k, v, causal=causal, window=window, ranges=ranges,
-                softcap=softcap, sinks=sinks, scale=scale,
+                q, k, v, causal=causal, window=window, ranges=ranges, bias=bias,
+                softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
             )  # fmt: skip
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -66,6 +91,11 @@ def attention_with_lse(
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     hidden = hidden_from(B, S, T, causal, window, ranges, q.device)
+    if bias is not None:
+        added = bias.to(wide).expand(B, H, S, T).reshape(B, G, H // G, S, T)
+        unseen = added < HIDDEN
+        scores = scores + added.masked_fill(unseen, 0.0)
+        hidden = unseen if hidden is None else hidden | unseen
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
     if sinks is not None:  # a key of its own score and no value
@@ -79,6 +109,10 @@ def attention_with_lse(
         lse = scores.logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
     else:
         probs, lse = scores.softmax(-1), scores.logsumexp(-1)
+    if dropout_p > 0:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
+        kept = keeps(seed, B * H * S, T, dropout_p).view(probs.shape)
+        probs = torch.where(kept, probs / (1 - dropout_p) if dropout_p < 1 else 0.0, 0.0)
     out = (probs.to(q.dtype) @ v.unsqueeze(2)).reshape(B, H, S, v.size(3))
     return out, lse.reshape(B, H, S)
 
@@ -91,14 +125,16 @@ def attention(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     ranges: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """attention_with_lse's first result."""
     return attention_with_lse(
-        q, k, v, causal=causal, window=window, ranges=ranges,
-        softcap=softcap, sinks=sinks, scale=scale,
+        q, k, v, causal=causal, window=window, ranges=ranges, bias=bias,
+        softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
     )[0]  # fmt: skip
 
 
