@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention_dbias import attention_dbias
+from ._blocks import met_blocks, tile_start
 from ._tile import (
     KEYS,
     LOG2E,
@@ -44,6 +45,7 @@ from ._tile import (
     store_rows,
     undropped,
     visible,
+    within,
 )
 from ._tune import Config, Tunable, split
 
@@ -53,7 +55,7 @@ def _dq_step(
     dq, pk, m, l, mean, excess, many, q, dout, k_ptr, v_ptr, bias, words,
     stride_kt, stride_vt, rows, S, lo, hi, start, end, softcap, scale, dropout,
     HEAD_DIM: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    MASK: tl.constexpr, BEGINS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    COUNTED: tl.constexpr, MASK: tl.constexpr, BEGINS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the sums of ds k and p k, and the rows' statistics."""
     cols = start + tl.arange(0, BLOCK_N)
@@ -64,7 +66,7 @@ def _dq_step(
     if MASK:
         seen = visible(cols[None, :], lo[:, None], hi[:, None], end, BEGINS)
         s = tl.where(seen, s, -float("inf"))
-    if HAS_BIAS:
+    if COUNTED:
         many += tl.sum((s > -float("inf")).to(tl.float32), 1)
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     if DROPOUT:
@@ -87,14 +89,14 @@ def _dq_step(
 
 @triton.jit
 def _attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, sinks_ptr, bias_ptr, begin_ptr, end_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, sinks_ptr, bias_ptr, begin_ptr, end_ptr, blocks_ptr, seed_ptr,
     dout_ptr, dlse_ptr, stats_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_bb, stride_bh, stride_bs, stride_bt,
+    stride_bb, stride_bh, stride_bs, stride_bt, stride_lb, stride_lh, stride_ln,
     H, S, T, left, right, softcap, scale, dropout,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     RANGES: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, HAS_DLSE: tl.constexpr,
+    DROPOUT: tl.constexpr, SIZE: tl.constexpr, HAS_DLSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries, and the statistics of their rows for the dk, dv kernel."""
@@ -116,11 +118,21 @@ def _attention_dq_kernel(
     l = tl.zeros((BLOCK_M,), tl.float32) + l0
     mean = tl.zeros((BLOCK_M,), tl.float32)
     excess = tl.zeros((BLOCK_M,), tl.float32)
-    many = tl.zeros((BLOCK_M,), tl.float32)  # keys that a bias leaves
+    many = tl.zeros((BLOCK_M,), tl.float32)  # keys that a bias or blocks leave
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     pk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     lo, hi = key_range(rows, b, begin_ptr, end_ptr, S, T, left, right, LEFT, RIGHT, RANGES)
-    if RANGES:
+    if SIZE:
+        begin, open, whole, end = 0, 0, 0, 0
+        listed, count = met_blocks(blocks_ptr, b, h, first, stride_lb, stride_lh, stride_ln, SIZE)
+        for n in range(count * (SIZE // BLOCK_N)):
+            start = tile_start(listed, n, SIZE, BLOCK_N)
+            dq, pk, m, l, mean, excess, many = _dq_step(
+                dq, pk, m, l, mean, excess, many, q, dout, k_ptr, v_ptr, bias, words,
+                stride_kt, stride_vt, rows, S, lo, hi, start, T, softcap, scale, dropout,
+                HEAD_DIM, SOFTCAP, HAS_BIAS, DROPOUT, True, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+    elif RANGES:
         begin, open, whole, end = range_spans(lo, hi, rows, S, T, BLOCK_N)
     else:
         begin, open, whole, end = spans(first, S, T, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
@@ -129,25 +141,25 @@ def _attention_dq_kernel(
             dq, pk, m, l, mean, excess, many = _dq_step(
                 dq, pk, m, l, mean, excess, many, q, dout, k_ptr, v_ptr, bias, words,
                 stride_kt, stride_vt, rows, S, lo, hi, start, end, softcap, scale, dropout,
-                HEAD_DIM, SOFTCAP, HAS_BIAS, DROPOUT, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
+                HEAD_DIM, SOFTCAP, HAS_BIAS, DROPOUT, HAS_BIAS or SIZE, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     for start in range(open, whole, BLOCK_N):
         dq, pk, m, l, mean, excess, many = _dq_step(
             dq, pk, m, l, mean, excess, many, q, dout, k_ptr, v_ptr, bias, words,
             stride_kt, stride_vt, rows, S, lo, hi, start, end, softcap, scale, dropout,
-            HEAD_DIM, SOFTCAP, HAS_BIAS, DROPOUT, False, LEFT or RANGES, BLOCK_N, BLOCK_D,
+            HEAD_DIM, SOFTCAP, HAS_BIAS, DROPOUT, HAS_BIAS or SIZE, False, LEFT or RANGES, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for start in range(whole, end, BLOCK_N):
         dq, pk, m, l, mean, excess, many = _dq_step(
             dq, pk, m, l, mean, excess, many, q, dout, k_ptr, v_ptr, bias, words,
             stride_kt, stride_vt, rows, S, lo, hi, start, end, softcap, scale, dropout,
-            HEAD_DIM, SOFTCAP, HAS_BIAS, DROPOUT, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
+            HEAD_DIM, SOFTCAP, HAS_BIAS, DROPOUT, HAS_BIAS or SIZE, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
-    norm = 1.0 / divisor(l, lo, hi, T, HAS_SINKS, HAS_BIAS)
+    norm = 1.0 / divisor(l, lo, hi, T, HAS_SINKS, HAS_BIAS or SIZE)
     # one key at most: P = 1 whatever the score, which dP - mean only approaches
     still = (seen_by(lo, hi, T) <= 1) & (not HAS_SINKS)
-    if HAS_BIAS:
+    if HAS_BIAS or SIZE:
         still = (many <= 1) & (not HAS_SINKS)
     drift = tl.where(still, 0.0, excess * norm)
     dq = tl.where(still[:, None], 0.0, dq)
@@ -201,13 +213,14 @@ def _dkv_step(
 
 @triton.jit
 def _attention_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, begin_ptr, end_ptr, first_ptr, last_ptr, seed_ptr,
-    dout_ptr, stats_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, begin_ptr, end_ptr, first_ptr, last_ptr,
+    blocks_ptr, seed_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_bb, stride_bh, stride_bs, stride_bt,
+    stride_bb, stride_bh, stride_bs, stride_bt, stride_lb, stride_lh, stride_ln,
     G, S, T, left, right, softcap, scale, dropout,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     RANGES: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys, summed in turn over the GROUP heads that share them."""
@@ -219,7 +232,9 @@ def _attention_dkv_kernel(
     k = load_rows(k_ptr + b * stride_kb + g * stride_kh, cols, stride_kt, T, HEAD_DIM, BLOCK_D)
     v = load_rows(v_ptr + b * stride_vb + g * stride_vh, cols, stride_vt, T, HEAD_DIM, BLOCK_D)
 
-    if RANGES:  # who sees a key need not be neighbours: none of their blocks goes unmasked
+    if SIZE:
+        begin, open, whole, end = 0, 0, 0, 0
+    elif RANGES:  # who sees a key need not be neighbours: none of their blocks goes unmasked
         earliest = tl.load(first_ptr + b * T + cols, mask=cols < T, other=S)
         latest = tl.load(last_ptr + b * T + cols, mask=cols < T, other=0)
         begin, end = tl.min(earliest, 0) // BLOCK_M * BLOCK_M, tl.max(latest, 0)
@@ -238,6 +253,17 @@ def _attention_dkv_kernel(
         head = b * H + h
         stats = stats_ptr + head * 4 * S
         bias = plane(bias_ptr, b, h, stride_bb, stride_bh, stride_bs, stride_bt, HAS_BIAS)
+        if SIZE:
+            listed, count = met_blocks(
+                blocks_ptr, b, h, first, stride_lb, stride_lh, stride_ln, SIZE
+            )
+            for n in range(count * (SIZE // BLOCK_M)):
+                start = tile_start(listed, n, SIZE, BLOCK_M)
+                dk, dv = _dkv_step(
+                    dk, dv, k, v, q_h, bias, begin_ptr, end_ptr, seed_ptr, dout_h, stats,
+                    stride_qs, H * HEAD_DIM, b, head, cols, start, S, T, left, right, softcap, scale, dropout,
+                    HEAD_DIM, LEFT, RIGHT, RANGES, SOFTCAP, HAS_BIAS, DROPOUT, True, BLOCK_M, BLOCK_D,
+                )  # fmt: skip
         if RIGHT:
             for start in range(begin, min(open, end), BLOCK_M):
                 dk, dv = _dkv_step(
@@ -290,14 +316,17 @@ DKV = Tunable("attention_dkv", ("attention",), KEYS, _dkv_heuristic, space)
 
 def attention_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
-    bias: Tensor | None, begin: Tensor | None, end: Tensor | None, seed: Tensor | None,
-    left: int, right: int, softcap: float, scale: float, dropout: float, bias_grad: bool,
+    bias: Tensor | None, begin: Tensor | None, end: Tensor | None, blocks: Tensor | None,
+    seed: Tensor | None, left: int, right: int, block_size: int, softcap: float, scale: float,
+    dropout: float, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients dq [B, H, S, D], dk, dv [B, G, T, D], lying as [B, S, H, D] and [B, T, G, D], of float32
     dsinks [H] ([0] without sinks) and dbias of bias's shape ([0] where it is not asked for)."""
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
     whole = None if bias is None else bias.expand(B, H, S, T)
-    options = Options(sinks, whole, begin, end, seed, left, right, softcap, scale, dropout)
+    options = Options(
+        sinks, whole, begin, end, blocks, seed, left, right, block_size, softcap, scale, dropout
+    )  # fmt: skip
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     dout = dout.transpose(1, 2).contiguous()
     dq, dk, dv = heads_last(q), heads_last(k), heads_last(k)
@@ -315,17 +344,19 @@ def attention_bwd(
     scalars = (S, T, *options.scalars(S, T))
     ranges = options.ranges()
     if dq.numel():
-        config = DQ(q.device, *key(q, flags))
+        config = within(DQ(q.device, *key(q, flags)), flags, padded(D))
+        lists, *steps = options.lists(S, T)
         _attention_dq_kernel[(triton.cdiv(S, config["BLOCK_M"]), B * H)](
-            q, k, v, None if sinks is None else sinks.contiguous(), whole, *ranges, seed,
+            q, k, v, None if sinks is None else sinks.contiguous(), whole, *ranges, lists, seed,
             dout, None if dlse is None else dlse.contiguous(), stats, dq,
-            *strides, H, *scalars, **sunk, **fixed, **config,
+            *strides, *steps, H, *scalars, **sunk, **fixed, **config,
         )  # fmt: skip
     if dk.numel():
-        config = DKV(q.device, *key(q, flags))
+        config = within(DKV(q.device, *key(q, flags)), flags, padded(D))
+        lists, *steps = options.lists(S, T, transposed=True)
         _attention_dkv_kernel[(triton.cdiv(T, config["BLOCK_N"]), B * G)](
-            q, k, v, whole, *ranges, *_queries(ranges, T), seed, dout, stats, dk, dv,
-            *strides, G, *scalars, **fixed, **config,
+            q, k, v, whole, *ranges, *_queries(ranges, T), lists, seed, dout, stats, dk, dv,
+            *strides, *steps, G, *scalars, **fixed, **config,
         )  # fmt: skip
     dbias = stats.new_empty(0)
     if bias is not None and bias_grad:
@@ -365,14 +396,14 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
         float32 = dict.fromkeys(("dlse", "stats"), torch.float32)
         dq = signature(
             dict.fromkeys(("q", "k", "v", "sinks", "bias"), dtype)
-            | dict.fromkeys(("begin", "end"), torch.int32)
+            | dict.fromkeys(("begin", "end", "blocks"), torch.int32)
             | {"seed": torch.int64, "dout": dtype}
             | float32
             | {"dq": dtype}
         )
         inputs = (
             dict.fromkeys(("q", "k", "v", "bias"), dtype)
-            | dict.fromkeys(("begin", "end", "first", "last"), torch.int32)
+            | dict.fromkeys(("begin", "end", "first", "last", "blocks"), torch.int32)
             | {"seed": torch.int64, "dout": dtype, "stats": torch.float32}
         )
         dkv = signature(inputs | {"dk": dtype, "dv": dtype}, "G")

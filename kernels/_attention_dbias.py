@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import Blocks
 from ._tile import (
     BIASED,
     KEYS,
@@ -30,8 +31,25 @@ from ._tile import (
     spans,
     undropped,
     visible,
+    within,
 )
 from ._tune import Config, Tunable, split
+
+PART = tl.constexpr(64)
+
+
+@triton.jit
+def _products(
+    a_ptr, rows, stride_a, S, b_ptr, cols, stride_b, T, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """a bᵀ [rows, cols], by few dims at a time: a whole head's of float32 leave no registers."""
+    DIMS: tl.constexpr = min(BLOCK_D, PART)
+    sums = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+    for d in tl.static_range(0, HEAD_DIM, DIMS):
+        a = load_rows(a_ptr + d, rows, stride_a, S, HEAD_DIM - d, DIMS)
+        b = load_rows(b_ptr + d, cols, stride_b, T, HEAD_DIM - d, DIMS)
+        sums = tl.dot(a, tl.trans(b), sums, input_precision="ieee")
+    return sums
 
 
 @triton.jit
@@ -41,9 +59,8 @@ def _ds(
     HEAD_DIM: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dS of rows and cols of one head."""
-    q = load_rows(q_ptr, rows, stride_qs, S, HEAD_DIM, BLOCK_D)
-    k = load_rows(k_ptr, cols, stride_kt, T, HEAD_DIM, BLOCK_D)
-    s, _ = scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
+    products = _products(q_ptr, rows, stride_qs, S, k_ptr, cols, stride_kt, T, HEAD_DIM, BLOCK_D)
+    s, _ = scores(products, scale, softcap, SOFTCAP)
     s = add_bias(s, bias, rows, cols, S, T, False, True)
     seen = visible(cols[None, :], lo[:, None], hi[:, None], T, True) & (rows < S)[:, None]
     s = tl.where(seen, s, -float("inf"))
@@ -53,9 +70,7 @@ def _ds(
     mean = tl.load(stats_ptr + 2 * S, mask=rows < S, other=0.0)
     drift = tl.load(stats_ptr + 3 * S, mask=rows < S, other=0.0)
     p = tl.exp2(s - m[:, None]) * tl.abs(norm)[:, None]
-    dout = load_rows(dout_ptr, rows, stride_dos, S, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_ptr, cols, stride_vt, T, HEAD_DIM, BLOCK_D)
-    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    dp = _products(dout_ptr, rows, stride_dos, S, v_ptr, cols, stride_vt, T, HEAD_DIM, BLOCK_D)
     if DROPOUT:
         dp = undropped(dp * kept_share(dropout), words, cols, dropout, False, DROPOUT)
     return p * (tl.where((norm < 0)[:, None], 0.0, dp - mean[:, None]) - drift[:, None])
@@ -63,12 +78,13 @@ def _ds(
 
 @triton.jit
 def _attention_dbias_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, begin_ptr, end_ptr, seed_ptr, dout_ptr, stats_ptr, dbias_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, begin_ptr, end_ptr, blocks_ptr, seed_ptr,
+    dout_ptr, stats_ptr, dbias_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_bb, stride_bh, stride_bs, stride_bt,
+    stride_bb, stride_bh, stride_bs, stride_bt, stride_lb, stride_lh, stride_ln,
     B, H, S, T, left, right, softcap, scale, dropout, row_blocks, col_blocks,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    RANGES: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    RANGES: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr,
     OVER_B: tl.constexpr, OVER_H: tl.constexpr, OVER_S: tl.constexpr, OVER_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -116,11 +132,16 @@ def _attention_dbias_kernel(
                 end = min(end, first_col + BLOCK_N)
             for start in range(begin, end, BLOCK_N):
                 cols = start + tl.arange(0, BLOCK_N)
-                acc += _ds(
-                    q_h, k_h, v_h, bias, dout_h, stats, words, stride_qs, stride_kt, stride_vt,
-                    H * HEAD_DIM, rows, cols, lo, hi, S, T, softcap, scale, dropout,
-                    HEAD_DIM, SOFTCAP, DROPOUT, BLOCK_D,
-                )  # fmt: skip
+                met = True
+                if SIZE:
+                    at_block = blocks_ptr + b * stride_lb + h * stride_lh
+                    met = tl.load(at_block + first // SIZE * stride_ln + start // SIZE) != 0
+                if met:
+                    acc += _ds(
+                        q_h, k_h, v_h, bias, dout_h, stats, words, stride_qs, stride_kt, stride_vt,
+                        H * HEAD_DIM, rows, cols, lo, hi, S, T, softcap, scale, dropout,
+                        HEAD_DIM, SOFTCAP, DROPOUT, BLOCK_D,
+                    )  # fmt: skip
 
     rows, cols = first_row + tl.arange(0, BLOCK_M), first_col + tl.arange(0, BLOCK_N)
     height, width = S, T
@@ -158,13 +179,16 @@ def attention_dbias(
         return dbias.view(bias.shape)
     over = [n == 1 for n in shape]
     flags = options.flags(S, T)
-    config = DBIAS(q.device, *key(q, flags))
+    config = within(DBIAS(q.device, *key(q, flags)), flags, padded(D))
+    blocks, *steps = (None, 0, 0, 0)
+    if options.blocks is not None:
+        blocks, *steps = Blocks(options.blocks, options.block_size).bytes()
     row_blocks = 1 if over[2] else triton.cdiv(S, config["BLOCK_M"])
     col_blocks = 1 if over[3] else triton.cdiv(T, config["BLOCK_N"])
     kept = {name: flag for name, flag in flags.items() if name not in ("HAS_SINKS", "HAS_BIAS")}
     _attention_dbias_kernel[(shape[0] * shape[1] * row_blocks * col_blocks,)](
-        q, k, v, options.bias, *ranges, options.seed, dout, stats, dbias,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *options.bias_strides(),
+        q, k, v, options.bias, *ranges, blocks, options.seed, dout, stats, dbias,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *options.bias_strides(), *steps,
         B, H, S, T, *options.scalars(S, T), row_blocks, col_blocks,
         GROUP=H // k.shape[1], HEAD_DIM=D, BLOCK_D=padded(D), **kept, enable_fp_fusion=True,
         **{f"OVER_{axis}": one for axis, one in zip("BHST", over, strict=True)}, **config,
@@ -180,7 +204,13 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
         inputs = (
             dict.fromkeys(("q", "k", "v", "bias"), dtype)
             | dict.fromkeys(("begin", "end"), torch.int32)
-            | {"seed": torch.int64, "dout": dtype, "stats": torch.float32, "dbias": torch.float32}
+            | {
+                "blocks": torch.uint8,
+                "seed": torch.int64,
+                "dout": dtype,
+                "stats": torch.float32,
+                "dbias": torch.float32,
+            }
         )
         types = signature(inputs) | dict.fromkeys(("B", "row_blocks", "col_blocks"), "i32")
         for D in (64, 128, 256):

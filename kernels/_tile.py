@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import Blocks
 from ._tune import Config, bucket, grid
 
 LOWEST = tl.constexpr(-3.4028234e38)  # a running maximum that -inf minus it is not nan
@@ -189,14 +190,15 @@ def mixed(x, y):
 def row_words(seed_ptr, row, DROPOUT: tl.constexpr):
     """Two words of each row, counted over all heads, that the draws of its keys come from.  The row is
     mixed before the seed comes to it: else seeds that are neighbours share their rows."""
+    a, b = 0, 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
         low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
         a = mixed(row.to(tl.uint32), (row >> 32).to(tl.uint32))
         a = mixed((a ^ (a >> 16)) + low, high)
         a ^= a >> 16
-        return a, mixed(a, high)
-    return 0, 0
+        b = mixed(a, high)
+    return a, b
 
 
 @triton.jit
@@ -217,16 +219,16 @@ def undropped(x, words, cols, dropout, TRANSPOSED: tl.constexpr, DROPOUT: tl.con
 @triton.jit
 def kept_share(dropout):
     """What makes up for what is dropped: 1 / (1 - dropout), and 0 where all is."""
-    return tl.where(dropout < 1, 1.0 / (1.0 - dropout), 0.0)
+    return 1.0 / tl.where(dropout < 1, 1.0 - dropout, float("inf"))
 
 
 KEYS = ("dtype", "BLOCK_D", "causal", "S")
 MOST_ROWS = 4096  # queries from which more make no difference
 
 
-def key(q: Tensor, flags: dict[str, bool]) -> tuple[torch.dtype, int, bool, int]:
+def key(q: Tensor, flags: dict[str, int]) -> tuple[torch.dtype, int, bool, int]:
     """What the configurations go by: of q [B, H, S, D] with S > 0."""
-    bounded = flags["LEFT"] or flags["RIGHT"] or flags["RANGES"]
+    bounded = bool(flags["LEFT"] or flags["RIGHT"] or flags["RANGES"])
     return q.dtype, padded(q.shape[3]), bounded, bucket(q.shape[2], MOST_ROWS)
 
 
@@ -253,6 +255,16 @@ def space(dtype: torch.dtype, BLOCK_D: int, causal: bool, S: int) -> list[Config
         if c["BLOCK_M"] <= max(64, 4 * S)
         if c["BLOCK_M"] * (c["BLOCK_N"] + BLOCK_D) <= 6144 * c["num_warps"]
     ]
+
+
+def within(config: Config, flags: dict[str, int], BLOCK_D: int) -> Config:
+    """config with tiles that blocks of a block-sparse mask are made of, and that leave a bias's tile room in
+    99 KiB of shared memory."""
+    if flags["SIZE"]:
+        config = config | {x: min(config[x], flags["SIZE"]) for x in ("BLOCK_M", "BLOCK_N")}
+    if flags["HAS_BIAS"] and BLOCK_D == 256:
+        config = config | {"num_stages": 1}
+    return config
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -290,14 +302,16 @@ class Options(NamedTuple):
     bias: Tensor | None  # [B, H, S, T], expanded
     begin: Tensor | None  # int32 [B, S] each, or neither
     end: Tensor | None
+    blocks: Tensor | None  # bool, as _blocks.Blocks has them
     seed: Tensor | None  # int64 [1], where dropout is above 0
     left: int  # -1: without end
     right: int
+    block_size: int
     softcap: float  # 0: none
     scale: float
     dropout: float
 
-    def flags(self, S: int, T: int) -> dict[str, bool]:
+    def flags(self, S: int, T: int) -> dict[str, int]:
         """The constexprs; a limit that hides nothing is none, nor is one beside ranges."""
         ranged = self.begin is not None
         return {
@@ -308,6 +322,7 @@ class Options(NamedTuple):
             "HAS_SINKS": self.sinks is not None,
             "HAS_BIAS": self.bias is not None,
             "DROPOUT": self.dropout > 0,
+            "SIZE": 0 if self.blocks is None else self.block_size,
         }
 
     def ranges(self) -> tuple[Tensor | None, Tensor | None]:
@@ -322,30 +337,43 @@ class Options(NamedTuple):
         left, right = self.left * flags["LEFT"], self.right * flags["RIGHT"]
         return left, right, self.softcap, self.scale, self.dropout
 
+    def lists(
+        self, S: int, T: int, transposed: bool = False
+    ) -> tuple[Tensor | None, int, int, int]:
+        """Blocks.lists of what the other options leave."""
+        if self.blocks is None:
+            return None, 0, 0, 0
+        flags = self.flags(S, T)
+        left, right = (getattr(self, x.lower()) if flags[x] else -1 for x in ("LEFT", "RIGHT"))
+        met = Blocks(self.blocks, self.block_size).met(S, T, left, right, self.ranges())
+        return (met.transposed() if transposed else met).lists()
+
     def bias_strides(self) -> tuple[int, int, int, int]:
         return (0, 0, 0, 0) if self.bias is None else self.bias.stride()  # type: ignore[return-value]
 
 
-NONE = dict.fromkeys(
+NONE: dict[str, int] = dict.fromkeys(
     ("LEFT", "RIGHT", "RANGES", "SOFTCAP", "HAS_SINKS", "HAS_BIAS", "DROPOUT"), False
-)
-# what variants() compile: causal; with all that goes together; by ranges; with a bias; with dropout
+) | {"SIZE": 0}
+# what variants() compile: causal; with all that goes together; by ranges; with a bias; with dropout; by blocks
 PLAIN = NONE | {"RIGHT": True}
 FULL = NONE | dict.fromkeys(("LEFT", "RIGHT", "SOFTCAP", "HAS_SINKS"), True)
 RANGED = NONE | {"RANGES": True}
 BIASED = NONE | {"HAS_BIAS": True}
 DROPPED = PLAIN | {"DROPOUT": True}
-VARIANTS = (PLAIN, FULL, RANGED, BIASED, DROPPED)
+BLOCKED = PLAIN | {"SIZE": 128}
+VARIANTS = (PLAIN, FULL, RANGED, BIASED, DROPPED, BLOCKED)
 
 
 def signature(pointers: dict[str, torch.dtype], heads: str = "H") -> dict[str, str]:
     """A kernel's argument types: pointers by name, then the strides of q, k, v, and the scalars."""
     names = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-    names |= {torch.int32: "*i32", torch.int64: "*i64"}
+    names |= {torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
     strides = [f"stride_{x}{axis}" for x, row in ("qs", "kt", "vt") for axis in ("b", "h", row)]
+    lists = ["stride_lb", "stride_lh", "stride_ln"]
     strides += ["stride_bb", "stride_bh", "stride_bs"]  # stride_bt is 1, a constant
     return (
         {f"{name}_ptr": names[dtype] for name, dtype in pointers.items()}
-        | dict.fromkeys([*strides, heads, "S", "T", "left", "right"], "i32")
+        | dict.fromkeys([*strides, *lists, heads, "S", "T", "left", "right"], "i32")
         | dict.fromkeys(["softcap", "scale", "dropout"], "fp32")
     )

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention_bwd import attention_bwd
+from ._blocks import met_blocks, tile_start
 from ._tile import (
     KEYS,
     LN2,
@@ -41,6 +42,7 @@ from ._tile import (
     store_rows,
     undropped,
     visible,
+    within,
 )
 from ._tune import Config, Tunable, split
 
@@ -73,13 +75,14 @@ def _fwd_step(
 
 @triton.jit
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, sinks_ptr, bias_ptr, begin_ptr, end_ptr, seed_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, sinks_ptr, bias_ptr, begin_ptr, end_ptr, blocks_ptr, seed_ptr,
+    out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_bb, stride_bh, stride_bs, stride_bt,
+    stride_bb, stride_bh, stride_bs, stride_bt, stride_lb, stride_lh, stride_ln,
     H, S, T, left, right, softcap, scale, dropout,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     RANGES: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head against all the keys they see."""
@@ -100,7 +103,16 @@ def _attention_fwd_kernel(
     l = tl.zeros((BLOCK_M,), tl.float32) + l0
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     lo, hi = key_range(rows, b, begin_ptr, end_ptr, S, T, left, right, LEFT, RIGHT, RANGES)
-    if RANGES:
+    if SIZE:
+        begin, open, whole, end = 0, 0, 0, 0
+        listed, count = met_blocks(blocks_ptr, b, h, first, stride_lb, stride_lh, stride_ln, SIZE)
+        for n in range(count * (SIZE // BLOCK_N)):
+            start = tile_start(listed, n, SIZE, BLOCK_N)
+            acc, m, l = _fwd_step(
+                acc, m, l, q, k_ptr, v_ptr, bias, words, stride_kt, stride_vt, rows, S, lo, hi, start, T,
+                softcap, scale, dropout, HEAD_DIM, SOFTCAP, HAS_BIAS, DROPOUT, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+    elif RANGES:
         begin, open, whole, end = range_spans(lo, hi, rows, S, T, BLOCK_N)
     else:
         begin, open, whole, end = spans(first, S, T, left, right, LEFT, RIGHT, BLOCK_M, BLOCK_N)
@@ -121,7 +133,7 @@ def _attention_fwd_kernel(
             softcap, scale, dropout, HEAD_DIM, SOFTCAP, HAS_BIAS, DROPOUT, True, LEFT or RANGES, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
-    out = acc / divisor(l, lo, hi, T, HAS_SINKS, HAS_BIAS)[:, None]
+    out = acc / divisor(l, lo, hi, T, HAS_SINKS, HAS_BIAS or SIZE)[:, None]
     if DROPOUT:
         out *= kept_share(dropout)
     # out lies as [B, S, H, D]
@@ -147,14 +159,16 @@ FWD = Tunable("attention_fwd", ("attention",), KEYS, _heuristic, space)
 
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, begin: Tensor | None,
-    end: Tensor | None, seed: Tensor | None, left: int, right: int, softcap: float, scale: float,
-    dropout: float,
+    end: Tensor | None, blocks: Tensor | None, seed: Tensor | None, left: int, right: int,
+    block_size: int, softcap: float, scale: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q [B, H, S, D], k, v [B, G, T, D], sinks [H], bias that broadcasts to [B, H, S, T], begin, end [B, S]
-    of int32, seed [1] of int64 -> out [B, H, S, D], lying as [B, S, H, D], and lse [B, H, S]."""
+    of int32, blocks as kernels/_blocks.py has them, seed [1] of int64 -> out [B, H, S, D], lying as [B, S, H, D], and lse [B, H, S]."""
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
     bias = None if bias is None else bias.expand(B, H, S, T)
-    options = Options(sinks, bias, begin, end, seed, left, right, softcap, scale, dropout)
+    options = Options(
+        sinks, bias, begin, end, blocks, seed, left, right, block_size, softcap, scale, dropout
+    )  # fmt: skip
     q, k, v, out = dense_rows(q), dense_rows(k), dense_rows(v), heads_last(q)
     lse = q.new_empty(B, H, S, dtype=torch.float32)
     if lse.numel() == 0:
@@ -164,10 +178,11 @@ def attention_fwd(
     if fast is not None and fast.fits(q, k, v, flags, right):
         fast.attention_hopper(q, k, v, out, lse, flags["RIGHT"], scale)
         return out, lse
-    config = FWD(q.device, *key(q, flags))
+    config = within(FWD(q.device, *key(q, flags)), flags, padded(D))
+    lists, *steps = options.lists(S, T)
     _attention_fwd_kernel[(triton.cdiv(S, config["BLOCK_M"]), B * H)](
-        q, k, v, None if sinks is None else sinks.contiguous(), bias, *options.ranges(), seed, out, lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *options.bias_strides(),
+        q, k, v, None if sinks is None else sinks.contiguous(), bias, *options.ranges(), lists, seed, out, lse,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *options.bias_strides(), *steps,
         H, S, T, *options.scalars(S, T),
         GROUP=H // G, HEAD_DIM=D, **flags, BLOCK_D=padded(D),
         **config, enable_fp_fusion=True,
@@ -181,12 +196,12 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
     for dtype in (torch.bfloat16, torch.float32):
         types = signature(
             dict.fromkeys(("q", "k", "v", "sinks", "bias"), dtype)
-            | dict.fromkeys(("begin", "end"), torch.int32)
+            | dict.fromkeys(("begin", "end", "blocks"), torch.int32)
             | {"seed": torch.int64, "out": dtype, "lse": torch.float32}
         )
         for D in (64, 128, 256):
             for S, flags in ((16, PLAIN), *((4096, flags) for flags in VARIANTS)):
                 fixed = {"GROUP": 4, "HEAD_DIM": D, **flags, "BLOCK_D": D, "stride_bt": 1}
-                blocks, options = split(_heuristic(dtype, D, True, S))
+                blocks, options = split(within(_heuristic(dtype, D, True, S), flags, D))
                 found.append((_attention_fwd_kernel, types, fixed | blocks, options))
     return found

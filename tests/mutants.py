@@ -155,7 +155,7 @@ TRITON = [
         ("    return (x ^ y ^ (x >> 15)) * 0x846CA68B", "    return (x ^ y) * 0x846CA68B"),
         ("        a = mixed((a ^ (a >> 16)) + low, high)", "        a = mixed((a ^ (a >> 16)) + low, low)"),
         ("            draw = mixed(col[:, None] + a[None, :], b[None, :])", "            draw = mixed(col[:, None] + a[None, :], a[None, :])"),
-        ("    return tl.where(dropout < 1, 1.0 / (1.0 - dropout), 0.0)", "    return 1.0 / (1.0 - dropout)"),
+        ('    return 1.0 / tl.where(dropout < 1, 1.0 - dropout, float("inf"))', "    return 1.0 / (1.0 - dropout)"),
     ),
     *of(
         "_attention_bwd",
@@ -329,7 +329,7 @@ CPP = [
         "attention_bias",
         ("return bias < HIDDEN ? -INF : bias;", "return bias;"),
         ("a.bias.at(x.b, x.g * R + row % R, row / R, j0)", "a.bias.at(x.b, x.g, row / R, j0)"),
-        ("(a.bias.data != nullptr && sum == 0.f)", "false"),
+        ("((a.bias.data || a.blocks.data) && sum == 0.f)", "false"),
     ),
     *of(
         "attention_tile.h",
@@ -363,7 +363,7 @@ CPP = [
         (" - (a.dlse ? a.dlse[flat] : 0.f)", ""),
         ("      times(p, slopes, count, x.vectors);", ""),
         ("least(a.S, first + x.count - offset + a.left)", "least(a.S, first - offset + a.left)"),
-        ("      if (!meets(a, x.b, i, count, x.first, x.count)) continue;\n      scores_of", "      if (!meets(a, x.b, i, 1, x.first, x.count)) continue;\n      scores_of"),
+        ("      if (!meets(a, x.b, h, i, count, x.first, x.count)) continue;\n      scores_of", "      if (!meets(a, x.b, h, i, 1, x.first, x.count)) continue;\n      scores_of"),
         ("      if (a.softcap != 0.f) times(s.ds, s.slopes, count, x.vectors);", ""),
         ("store(dj, prob * ((load(dj) - mean) - drift))", "store(dj, prob * load(dj))"),
         ("transpose_out(dkt, at<T>(a.dk, x.b, x.g, x.first + lane), lane, D, a.scale, space)", "transpose_out(dkt, at<T>(a.dk, x.b, x.g, x.first + lane), lane, D, 1.f, space)"),

@@ -187,7 +187,7 @@ def test_opcheck(layout, device):
         "one_query": qkv(device, 1, 4, 2, 1, 7, 16),
     }
     q, k, v = (t.detach() for t in cases[layout])
-    options = (None, None, None, None, None, -1, 0, 0.0, 0.25, 0.0)
+    options = (None, None, None, None, None, None, -1, 0, 0, 0.0, 0.25, 0.0)
     torch.library.opcheck(fwd, (q, k, v, *options))
     dout = torch.randn(q.shape, device=device)  # unlike out, [B, H, S, D] in memory
     torch.library.opcheck(bwd, (dout, None, q, k, v, *options, False))

@@ -160,7 +160,7 @@ def test_opcheck(S, device):
     assert _op.serves("attention", torch.empty(0, device=device))
     q, k, v = (x.detach() for x in drawn(device, 2, 4, 2, S, 33, 16))
     begin, end = (x.to(device, torch.int32) for x in ranges_of("any", 2, S, 33))
-    options = (None, None, begin, end, None, -1, -1, 0.0, 0.25, 0.0)
+    options = (None, None, begin, end, None, None, -1, -1, 0, 0.0, 0.25, 0.0)
     torch.library.opcheck(fwd, (q, k, v, *options))
     torch.library.opcheck(bwd, (torch.randn_like(q), None, q, k, v, *options, False))
 
@@ -172,7 +172,7 @@ def test_values_beyond_the_keys_are_no_keys(device):
     most = -(least + 1)
 
     def given(begin, end):
-        return (q, k, v, None, None, begin, end, None, -1, -1, 0.0, 0.25, 0.0)
+        return (q, k, v, None, None, begin, end, None, None, -1, -1, 0, 0.0, 0.25, 0.0)
 
     out, _ = fwd(*given(least, most))
     assert torch.equal(out, ops.attention(q, k, v, scale=0.25))

@@ -232,7 +232,7 @@ def test_opcheck(layout, device):
     if layout == "permuted":
         q, k, v, dout = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v, dout))
         dlse = dlse.mT.contiguous().mT
-    options = (sinks, None, None, None, None, 3, 1, 2.0, 0.25, 0.0)
+    options = (sinks, None, None, None, None, None, 3, 1, 0, 2.0, 0.25, 0.0)
     torch.library.opcheck(fwd, (q, k, v, *options))
     torch.library.opcheck(bwd, (dout, dlse, q, k, v, *options, False))
 

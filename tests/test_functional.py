@@ -134,7 +134,7 @@ def test_dropout(device, attended):
     torch.testing.assert_close(*outs)
     assert attended and not torch.equal(outs[0], functional.scaled_dot_product_attention(q, k, v))
     for p in (-0.5, 1.5):
-        with pytest.raises(RuntimeError, match="dropout probability"):
+        with pytest.raises(RuntimeError, match="dropout"):
             functional.scaled_dot_product_attention(q, k, v, dropout_p=p)
 
 
@@ -163,7 +163,6 @@ def test_errors_are_torchs(device):
         ((q, k[:, :2], v[:, :2]), {}),
         ((q, k, v, mask[:, :9]), {}),
         ((q, k, v, mask.long()), {}),
-        ((q, k, v, mask), {"is_causal": True}),
     ):
         with pytest.raises(RuntimeError) as expected:
             F.scaled_dot_product_attention(*bad, **arguments)

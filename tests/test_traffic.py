@@ -305,6 +305,27 @@ def test_a_window_visits_its_tiles_alone(S, T, left, right, dtype, interpreter):
     assert backward[1].dot_flops == 2 * 4 * H * pairs * padded(D)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_blocks_that_are_left_out_are_not_visited(dtype, interpreter):
+    """Not of the mask's, nor of causal's."""
+    from tilewright import ops
+
+    H, S, T, D, size = 2, 150, 170, 32, 32
+    seen = torch.rand(1, H, ceil(S / size), ceil(T / size)) > 0.5
+    inputs = [torch.randn(1, n, m, D, dtype=dtype) for n, m in ((H, S), (1, T), (1, T))]
+    inputs = [x.requires_grad_() for x in inputs]
+    with interpreter.recording() as launches:
+        out = ops.attention(*inputs, blocks=(seen, size), causal=True)
+    with interpreter.recording() as backward:
+        torch.autograd.grad(out, inputs, torch.randn_like(out))
+    last = torch.arange(seen.size(2)) * size + size - 1 + T - S  # key that a block of queries sees
+    first = torch.arange(seen.size(3)) * size
+    met = int((seen & (first <= last[:, None])).sum())
+    assert 0 < met < seen.sum()
+    flops = [launch.dot_flops for launch in (launches[0], *backward)]
+    assert flops == [2 * products * met * size * size * D for products in (2, 4, 4)]
+
+
 def test_every_op_is_counted():
     ops = [path.stem for path in (ROOT / "python/tilewright/ops").glob("[a-z]*.py")]
     assert sorted(CASES) == sorted(ops)

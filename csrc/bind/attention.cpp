@@ -13,10 +13,10 @@ namespace {
 
 // How a call of attention differs from softmax(q kᵀ) v, as the operators take it.
 struct Options {
-  Tensor sinks, bias, begin, end;  // float and int, undefined where there is none; all but bias dense
-  std::optional<Tensor> seed;      // of dropout
-  int64_t left, right;             // -1: without end
-  double softcap;                  // 0: none
+  Tensor sinks, bias, begin, end, blocks;  // undefined where there is none; all but bias dense
+  std::optional<Tensor> seed;              // of dropout
+  int64_t left, right, block_size;         // left, right -1: without end
+  double softcap;                          // 0: none
   double scale, dropout;
 };
 
@@ -32,6 +32,17 @@ cpu::AttentionBias bias_view(const char* op, const Tensor& bias, const Attention
     if (size != 1) strides[axis + missing] = bias.stride(axis);
   }
   return {bias.data_ptr<float>(), strides[0], strides[1], strides[2], strides[3]};
+}
+
+cpu::AttentionBlocks blocks_view(const char* op, const Tensor& mask, int64_t size, const AttentionArgs& a) {
+  const auto count = [size](int64_t n) { return (n + size - 1) / size; };
+  TORCH_CHECK_VALUE(size > 0, op, ": blocks of ", size);
+  TORCH_CHECK_VALUE(mask.dim() == 4 && (mask.size(0) == 1 || mask.size(0) == a.B) &&
+                        (mask.size(1) == 1 || mask.size(1) == a.H) && mask.size(2) == count(a.S) &&
+                        mask.size(3) == count(a.T),
+                    op, ": blocks ", mask.sizes(), " of ", size, " do not fit [", a.B, ", ", a.H, ", ", a.S, ", ", a.T, "]");
+  const int64_t batch = mask.size(0) == 1 ? 0 : mask.stride(0), head = mask.size(1) == 1 ? 0 : mask.stride(1);
+  return {mask.const_data_ptr<bool>(), batch, head, mask.size(3), size};
 }
 
 cpu::AttentionDropout dropout_of(const char* op, const std::optional<Tensor>& seed, double dropout) {
@@ -70,6 +81,7 @@ AttentionArgs arguments(const char* op, const Tensor& q, const Tensor& k, const 
   a.softcap = float(o.softcap), a.scale = float(o.scale), a.dtype = dtype_of(q, op, "q");
   a.cache = cpu::Cache(int(a.dtype));
   a.earliest = earliest(a);
+  if (o.blocks.defined()) a.blocks = blocks_view(op, o.blocks, o.block_size, a);
   if (o.bias.defined()) a.bias = bias_view(op, o.bias, a);
   a.dropout = dropout_of(op, o.seed, o.dropout);
   return a;
@@ -77,7 +89,7 @@ AttentionArgs arguments(const char* op, const Tensor& q, const Tensor& k, const 
 
 // Few rows leave the blocked kernel's lanes empty, and too few tiles to share out a long cache.
 bool is_decode(const AttentionArgs& a) {
-  return a.S <= 8 && a.S * a.group() <= 64 && a.bias.data == nullptr && a.dropout.none();
+  return a.S <= 8 && a.S * a.group() <= 64 && a.bias.data == nullptr && a.blocks.data == nullptr && a.dropout.none();
 }
 
 Tensor as_float(const std::optional<Tensor>& x) { return x ? x->to(at::kFloat) : Tensor(); }
@@ -88,11 +100,12 @@ int64_t span(const AttentionArgs& a) { return a.begin ? a.T : std::min(a.T, a.le
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_,
                                          const std::optional<Tensor>& sinks, const std::optional<Tensor>& bias,
                                          const std::optional<Tensor>& begin, const std::optional<Tensor>& end,
-                                         const std::optional<Tensor>& seed, int64_t left, int64_t right,
-                                         double softcap, double scale, double dropout) {
+                                         const std::optional<Tensor>& blocks, const std::optional<Tensor>& seed,
+                                         int64_t left, int64_t right, int64_t block_size, double softcap, double scale,
+                                         double dropout) {
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_);
-  const Options options{dense(sinks), as_float(bias), dense(begin, at::kInt), dense(end, at::kInt), seed,
-                        left, right, softcap, scale, dropout};
+  const Options options{dense(sinks), as_float(bias), dense(begin, at::kInt), dense(end, at::kInt),
+                        dense(blocks, at::kBool), seed, left, right, block_size, softcap, scale, dropout};
   AttentionArgs a = arguments("attention", q, k, v, options);
   const Tensor out = empty_like_heads(q);
   const Tensor lse = at::detail::empty_cpu({a.B, a.H, a.S}, at::kFloat);
@@ -126,12 +139,12 @@ Tensor sink_gradient(const AttentionArgs& a) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout_, const std::optional<Tensor>& dlse_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
     const std::optional<Tensor>& sinks, const std::optional<Tensor>& bias, const std::optional<Tensor>& begin,
-    const std::optional<Tensor>& end, const std::optional<Tensor>& seed, int64_t left, int64_t right,
-    double softcap, double scale, double dropout, bool bias_grad) {
+    const std::optional<Tensor>& end, const std::optional<Tensor>& blocks, const std::optional<Tensor>& seed,
+    int64_t left, int64_t right, int64_t block_size, double softcap, double scale, double dropout, bool bias_grad) {
   const Tensor q = dense_rows(q_), k = dense_rows(k_), v = dense_rows(v_), dout = dense_rows(dout_);
   const Tensor dlse = dense(dlse_);
-  const Options options{dense(sinks), as_float(bias), dense(begin, at::kInt), dense(end, at::kInt), seed,
-                        left, right, softcap, scale, dropout};
+  const Options options{dense(sinks), as_float(bias), dense(begin, at::kInt), dense(end, at::kInt),
+                        dense(blocks, at::kBool), seed, left, right, block_size, softcap, scale, dropout};
   AttentionArgs a = arguments("attention_bwd", q, k, v, options);
   TORCH_CHECK_VALUE(!dlse.defined() || dlse.numel() == a.B * a.H * a.S, "attention_bwd: dlse ", dlse.sizes(),
                     " does not fit q ", q.sizes());
@@ -162,8 +175,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
 
 Tensor call_fwd(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale) {
   static const auto op = operator_of("attention_fwd", &attention_fwd);
-  return std::get<0>(op.call(q, k, v, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
-                             std::nullopt, -1, causal ? 0 : -1, 0.0, scale, 0.0));
+  return std::get<0>(op.call(q, k, v, std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
+                             std::nullopt, -1, causal ? 0 : -1, 0, 0.0, scale, 0.0));
 }
 
 struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
@@ -182,7 +195,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
       const double scale = ctx->saved_data["scale"].toDouble();
       const auto [dq, dk, dv, dsinks, dbias] =
           op.call(dout[0], std::nullopt, saved[0], saved[1], saved[2], std::nullopt, std::nullopt, std::nullopt,
-                  std::nullopt, std::nullopt, -1, right, 0.0, scale, 0.0, false);
+                  std::nullopt, std::nullopt, std::nullopt, -1, right, 0, 0.0, scale, 0.0, false);
       const Tensor none;
       return {dq, dk, dv, none, none};
     });

@@ -52,11 +52,13 @@ template <class T> void prefill_tile(const AttentionArgs& a, int64_t item, float
   }
   for (int64_t j = x.from; j < x.to; j += NB) {
     const int64_t count = least(NB, x.to - j);
+    if (a.blocks.data && !sees_any(a, x, j, count)) continue;
     const Rows k = stage(at<T>(a.k, x.b, x.g, j), a.k.row, count, D, k_space);
     gemm<true, SET>(k.data, k.stride, qt, scores, count, D, x.vectors, {score_factor(a)});
     if (a.softcap != 0.f) cap(scores, nullptr, count, x.vectors, a.softcap);
     if (a.bias.data) add_bias(a, x, scores, j, count);
     mask_rows(scores, j, count, x);
+    if (a.blocks.data) keep_blocks(a, x, scores, j, count);
     softmax_step(scores, count, x.vectors, m, l, alpha);
     if (!a.dropout.none()) drop(scores, a.dropout, words, j, count);
     const Rows v = stage(at<T>(a.v, x.b, x.g, j), a.v.row, count, D, v_space);

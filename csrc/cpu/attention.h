@@ -26,6 +26,16 @@ struct AttentionBias {
   }
 };
 
+// A block-sparse mask: whether queries and keys of a batch and head see each other, by blocks of `size` of
+// each; strides as a bias's.
+struct AttentionBlocks {
+  const bool* data;  // null: all
+  int64_t batch, head, row, size;
+
+  // Of query i: by block of keys.
+  const bool* of(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i / size * row; }
+};
+
 // Dropout draws a word for each query and key of each head: it stays where that is `least` or more.
 struct AttentionDropout {
   uint32_t seed[2] = {0, 0};  // low, high
@@ -58,7 +68,8 @@ struct AttentionArgs {
   const int32_t *begin, *end;  // [B, S] or null: query i sees keys begin[i] .. end[i] - 1,
   int64_t left, right;         // or where null i + T - S - left .. i + T - S + right
   int64_t earliest;            // the first key that any query sees
-  AttentionBias bias;          // not decode's, nor the next two
+  AttentionBlocks blocks;      // not decode's, nor the next three
+  AttentionBias bias;
   AttentionBias dbias;         // backward only
   AttentionDropout dropout;
   int64_t B, H, G, S, T, D;

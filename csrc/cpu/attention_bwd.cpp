@@ -73,6 +73,7 @@ template <class T> void dq_tile(const AttentionArgs& a, int64_t item, float* scr
   }
   for (int64_t j = x.from; j < x.to; j += NB) {
     const int64_t count = least(NB, x.to - j);
+    if (a.blocks.data && !sees_any(a, x, j, count)) continue;
     const Rows k = stage(at<T>(a.k, x.b, x.g, j), a.k.row, count, D, k_space);
     const Rows v = stage(at<T>(a.v, x.b, x.g, j), a.v.row, count, D, v_space);
     gemm<true, SET>(k.data, k.stride, qt, p, count, D, x.vectors, {score_factor(a)});
@@ -81,6 +82,7 @@ template <class T> void dq_tile(const AttentionArgs& a, int64_t item, float* scr
     if (a.softcap != 0.f) cap(p, slopes, count, x.vectors, a.softcap);
     if (a.bias.data) add_bias(a, x, p, j, count);
     mask_rows(p, j, count, x);
+    if (a.blocks.data) keep_blocks(a, x, p, j, count);
     statistics_step(p, ds, count, x.vectors, stats);
     if (a.softcap != 0.f) {
       times(p, slopes, count, x.vectors);
@@ -122,10 +124,12 @@ TW_INLINE void drop_row(float* x, const AttentionDropout& dropout, Words words, 
   for (int lane = 0; lane < L; ++lane) x[lane] *= kept(dropout, uint32_t(j0 + lane), words);
 }
 
-// Whether any of queries i .. i + count - 1 sees one of keys first .. first + keys - 1.
-TW_INLINE bool meets(const AttentionArgs& a, int64_t b, int64_t i, int64_t count, int64_t first, int64_t keys) {
+// Whether any of queries i .. i + count - 1 of head h sees one of keys first .. first + keys - 1.
+TW_INLINE bool meets(const AttentionArgs& a, int64_t b, int64_t h, int64_t i, int64_t count, int64_t first, int64_t keys) {
   for (int64_t r = i; r < i + count; ++r)
-    if (most(first, a.from(b, r)) < least(first + keys, a.to(b, r))) return true;
+    if (most(first, a.from(b, r)) < least(first + keys, a.to(b, r)) &&
+        (!a.blocks.data || sees_any(a.blocks.of(b, h, r), a.blocks.size, first, keys)))
+      return true;
   return false;
 }
 
@@ -171,6 +175,7 @@ void scores_of(const AttentionArgs& a, const Keys& x, int64_t h, int64_t i, int6
       for (int lane = 0; lane < x.count; ++lane) p[lane] += hiding(bias[lane * a.bias.key]);
     }
     keep_lanes(p, a.from(x.b, i + r) - x.first, a.to(x.b, i + r) - x.first);
+    if (a.blocks.data) keep_blocks(p, 1, a.blocks.of(x.b, h, i + r), a.blocks.size, x.first, x.count);
     if (!a.dropout.none()) drop_row(s.ds + r * L, a.dropout, row_words(a, x.b, h, i + r), x.first);
   }
   score_gradient(s.p, s.ds, count, x.vectors, a.rows, (x.b * a.H + h) * a.S + i);
@@ -189,7 +194,7 @@ template <class T> void dkv_tile(const AttentionArgs& a, int64_t item, float* sc
   for (int64_t h = x.g * R; h < (x.g + 1) * R; ++h)
     for (int64_t i = x.start; i < x.stop; i += NB) {
       const int64_t count = least(NB, x.stop - i);
-      if (!meets(a, x.b, i, count, x.first, x.count)) continue;
+      if (!meets(a, x.b, h, i, count, x.first, x.count)) continue;
       scores_of<T>(a, x, h, i, count, s);
       if (a.softcap != 0.f) times(s.ds, s.slopes, count, x.vectors);
       gemm<false, ADD>(s.q.data, s.q.stride, s.ds, dkt, D, count, x.vectors);
@@ -234,7 +239,7 @@ template <class T> void dbias_item(const AttentionArgs& a, int64_t item, float* 
       const Keys x = key_tile<T>(a, bh / a.H, bh % a.H / a.group(), t * L, kt);
       for (int64_t i = x.start; i < x.stop; i += NB) {
         const int64_t count = least(NB, x.stop - i);
-        if (!meets(a, x.b, i, count, x.first, x.count)) continue;
+        if (!meets(a, x.b, bh % a.H, i, count, x.first, x.count)) continue;
         scores_of<T>(a, x, bh % a.H, i, count, s);
         add_gradients(a, x, s.ds, bh % a.H, i, count);
       }

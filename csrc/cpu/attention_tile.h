@@ -205,6 +205,37 @@ TW_INLINE void mask_rows(float* scores, int64_t j0, int64_t count, const Tile& x
       scores[lane] = (j >= x.lo[lane]) & (j < x.hi[lane]) ? scores[lane] : -INF;
 }
 
+// Whether one of keys j0 .. j0 + count - 1 is in a block that `seen` says is.
+TW_INLINE bool sees_any(const bool* seen, int64_t size, int64_t j0, int64_t count) {
+  for (int64_t block = j0 / size; block * size < j0 + count; ++block)
+    if (seen[block]) return true;
+  return false;
+}
+
+// -inf for those scores, `step` apart, of keys in blocks that `seen` says are none.
+TW_INLINE void keep_blocks(float* scores, int64_t step, const bool* seen, int64_t size, int64_t j0, int64_t count) {
+  for (int64_t j = 0, end; j < count; j = end) {
+    const int64_t block = (j0 + j) / size;
+    end = least(count, (block + 1) * size - j0);
+    for (int64_t at = j; at < end && !seen[block]; ++at) scores[at * step] = -INF;
+  }
+}
+
+// The same of a tile's rows and keys from j0 on.
+TW_INLINE bool sees_any(const AttentionArgs& a, const Tile& x, int64_t j0, int64_t count) {
+  const int64_t R = a.group();
+  for (int64_t row = x.first; row < x.first + x.rows; ++row)
+    if (sees_any(a.blocks.of(x.b, x.g * R + row % R, row / R), a.blocks.size, j0, count)) return true;
+  return false;
+}
+TW_INLINE void keep_blocks(const AttentionArgs& a, const Tile& x, float* scores, int64_t j0, int64_t count) {
+  const int64_t R = a.group();
+  for (int lane = 0; lane < x.rows; ++lane) {
+    const int64_t row = x.first + lane;
+    keep_blocks(scores + lane, L, a.blocks.of(x.b, x.g * R + row % R, row / R), a.blocks.size, j0, count);
+  }
+}
+
 TW_INLINE float hiding(float bias) { return bias < HIDDEN ? -INF : bias; }
 
 // Scores [count, L] of keys from j0 on and a tile's rows, with their bias.
@@ -264,7 +295,7 @@ TW_INLINE void drop(float* x, const AttentionDropout& dropout, const RowWords& w
 
 // Whether a row gives 0, and not 0 / 0.
 TW_INLINE bool blind(const AttentionArgs& a, int64_t b, int64_t i, float sum) {
-  return a.blind(b, i) || (a.bias.data != nullptr && sum == 0.f);
+  return a.blind(b, i) || ((a.bias.data || a.blocks.data) && sum == 0.f);
 }
 
 // What a row of head h starts with: the sink, or nothing.

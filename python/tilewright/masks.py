@@ -1,4 +1,4 @@
-"""Common attention masks, as ranges of keys for ops.attention's `ranges`, or as its `bias`.
+"""Common attention masks, as ranges of keys for ops.attention's `ranges`, or as its `blocks` or `bias`.
 
 Ranges are (begin, end), integers that broadcast to [B, S]: query i of batch b sees keys begin[b, i] to
 end[b, i] - 1, or none where end <= begin; they cost no memory and skip what no one sees.  `additive` and
@@ -59,6 +59,22 @@ def from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
             " between them"
         )
     return begin, end
+
+
+def blocks(mask: Tensor, size: int = 128) -> tuple[Tensor, int]:
+    """Blocks for ops.attention's `blocks`, of a bool mask [B or 1, H or 1, S, T], true where query i sees key j: those
+    of size x size of which anything is seen.
+
+    Where one is seen in part, ops.attention needs what says the rest too: ranges, a window, a bias.
+    ValueError on other shapes and dtypes, and sizes below 1.
+    """
+    if mask.dtype != torch.bool or mask.dim() != 4 or size < 1:
+        raise ValueError(
+            f"blocks: mask {tuple(mask.shape)} {mask.dtype} is no bool [B, H, S, T], or size {size} < 1"
+        )
+    S, T = mask.shape[2:]
+    padded = torch.nn.functional.pad(mask, (0, -T % size, 0, -S % size))
+    return padded.unflatten(3, (-1, size)).any(-1).unflatten(2, (-1, size)).any(3), size
 
 
 def additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

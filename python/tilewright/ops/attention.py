@@ -24,16 +24,17 @@ def _heads_last(x: Tensor) -> Tensor:
 
 def _fwd_fake(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, begin: Tensor | None,
-    end: Tensor | None, seed: Tensor | None, left: int, right: int, softcap: float, scale: float,
-    dropout: float,
+    end: Tensor | None, blocks: Tensor | None, seed: Tensor | None, left: int, right: int,
+    block_size: int, softcap: float, scale: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _bwd_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
-    bias: Tensor | None, begin: Tensor | None, end: Tensor | None, seed: Tensor | None,
-    left: int, right: int, softcap: float, scale: float, dropout: float, bias_grad: bool,
+    bias: Tensor | None, begin: Tensor | None, end: Tensor | None, blocks: Tensor | None,
+    seed: Tensor | None, left: int, right: int, block_size: int, softcap: float, scale: float,
+    dropout: float, bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dsinks = q.new_empty(0 if sinks is None else sinks.shape, dtype=torch.float32)
     dbias = q.new_empty(bias.shape if bias is not None and bias_grad else 0, dtype=torch.float32)
@@ -42,10 +43,11 @@ def _bwd_fake(
 
 # bias broadcasts to [B, H, S, T].  begin and end, int32 [B, S]: query i sees keys begin[i] .. end[i] - 1.
 # Without them, left and right are how far back and ahead a query sees, -1 without end.  softcap 0 is none.
+# blocks, bool [B or 1, H or 1, ceil(S / block_size), ceil(T / block_size)]: which of keys queries see.
 # dropout above 0 drops by the draws of seed, int64 [1].
 _OPTIONS = (
-    "Tensor? sinks, Tensor? bias, Tensor? begin, Tensor? end, Tensor? seed, int left, int right,"
-    " float softcap, float scale, float dropout"
+    "Tensor? sinks, Tensor? bias, Tensor? begin, Tensor? end, Tensor? blocks, Tensor? seed, int left, int right,"
+    " int block_size, float softcap, float scale, float dropout"
 )
 _fwd = _op.register(
     "attention",
@@ -64,12 +66,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None,
-        begin: Tensor | None, end: Tensor | None, seed: Tensor | None, *options: Any,
+        begin: Tensor | None, end: Tensor | None, blocks: Tensor | None, seed: Tensor | None, *options: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, sinks, bias, begin, end, seed)
+        ctx.save_for_backward(q, k, v, sinks, bias, begin, end, blocks, seed)
         ctx.options = options
-        return _fwd(q, k, v, sinks, bias, begin, end, seed, *options)
+        return _fwd(q, k, v, sinks, bias, begin, end, blocks, seed, *options)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -83,7 +85,7 @@ class _Attention(torch.autograd.Function):
         )
         dsinks = None if sinks is None else dsinks.to(sinks.dtype)
         dbias = dbias.to(bias.dtype) if bias_grad else None
-        return dq, dk, dv, dsinks, dbias, *(None,) * 8
+        return dq, dk, dv, dsinks, dbias, *(None,) * 10
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -143,6 +145,11 @@ def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
     return q, k, v
 
 
+def check_dropout(op: str, dropout_p: float) -> None:
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"{op}: dropout_p must be from 0 to 1, not {dropout_p}")
+
+
 def _check_bias(bias: Tensor, q: Tensor, T: int) -> None:
     """Raises unless it broadcasts to q's scores."""
     B, H, S, _ = q.shape
@@ -155,6 +162,25 @@ def _check_bias(bias: Tensor, q: Tensor, T: int) -> None:
         raise ValueError(
             f"attention: bias {tuple(bias.shape)} {bias.dtype} on {bias.device} does not fit q"
             f" {tuple(q.shape)} on {q.device}: floats that broadcast to [{B}, {H}, {S}, {T}]"
+        )
+
+
+def _check_blocks(mask: Tensor, size: int, q: Tensor, T: int) -> None:
+    """Raises unless they are blocks of q's scores."""
+    B, H, S, _ = q.shape
+    if not isinstance(size, int) or size < 16 or size & (size - 1):
+        raise ValueError(f"attention: blocks of {size} are not of a power of two from 16 on")
+    shape = (B, H, -(-S // size), -(-T // size))
+    if (
+        mask.dtype != torch.bool
+        or mask.device != q.device
+        or mask.dim() != 4
+        or mask.shape[2:] != shape[2:]
+        or any(a not in (1, b) for a, b in zip(mask.shape[:2], shape[:2], strict=True))
+    ):
+        raise ValueError(
+            f"attention: blocks {tuple(mask.shape)} {mask.dtype} on {mask.device} do not fit q"
+            f" {tuple(q.shape)} on {q.device}: bool {list(shape)}, the first two that or 1"
         )
 
 
@@ -209,23 +235,16 @@ def _folded(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, begin: Tensor | None,
     end: Tensor | None, left: int, right: int, softcap: float | None, scale: float,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0.0, blocks: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operators, and their gradients where one is wanted; all is checked."""
     inputs = (q, k, v, sinks, bias)
     seed = None
     if dropout_p > 0:  # as the reference draws it
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
-    options = (
-        begin,
-        end,
-        seed,
-        left,
-        right,
-        0.0 if softcap is None else softcap,
-        scale,
-        dropout_p,
-    )
+    mask, size = (None, 0) if blocks is None else blocks
+    softcap = 0.0 if softcap is None else softcap
+    options = (begin, end, mask, seed, left, right, size, softcap, scale, dropout_p)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Attention.apply(*inputs, *options)
     return _fwd(*inputs, *options)
@@ -239,6 +258,7 @@ def attention_with_lse(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     ranges: tuple[Tensor, Tensor] | None = None,
+    blocks: tuple[Tensor, int] | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -255,22 +275,25 @@ def attention_with_lse(
     if not _fits(q, k, v) or not q.is_floating_point():
         raise ValueError(f"attention: {_misfit(q, k, v)}")
     left, right = checked_window("attention", q, causal, window, softcap, sinks)
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"attention: dropout_p must be from 0 to 1, not {dropout_p}")
+    check_dropout("attention", dropout_p)
     if bias is not None:
         _check_bias(bias, q, k.size(2))
+    if blocks is not None:
+        _check_blocks(*blocks, q, k.size(2))
     begin = end = None
     if ranges is not None:
         begin, end = _folded(ranges, q, k.size(2), left, right)
         left = right = -1
     if max(q.size(3), v.size(3)) > MAX_D or not _op.serves("attention", q):
         return _op.twin("attention_with_lse")(
-            q, k, v, window=(left, right), ranges=None if begin is None else (begin, end), bias=bias,
+            q, k, v, window=(left, right), ranges=None if begin is None else (begin, end), blocks=blocks, bias=bias,
             softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
         )  # fmt: skip
     width = v.size(3)
     q, k, v, scale = of_one_width(q, k, v, scale)
-    out, lse = attend(q, k, v, sinks, bias, begin, end, left, right, softcap, scale, dropout_p)
+    out, lse = attend(
+        q, k, v, sinks, bias, begin, end, left, right, softcap, scale, dropout_p, blocks
+    )
     return out if out.size(3) == width else out[..., :width], lse
 
 
@@ -282,6 +305,7 @@ def attention(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     ranges: tuple[Tensor, Tensor] | None = None,
+    blocks: tuple[Tensor, int] | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -298,7 +322,10 @@ def attention(
     `window` (left, right) those from p - left to p + right, -1 for no end; `ranges` (begin, end),
     integers that broadcast to [B, S], keys begin[b, i] to end[b, i] - 1: padding, documents, prefixes
     (tilewright.masks makes them).  It sees the keys that all of these let it see; those before the
-    first and past the last that a block of queries sees are not read.  A row that sees nothing gives 0,
+    first and past the last that a block of queries sees are not read.  `blocks` (mask, size) leaves whole
+    blocks: mask is bool [B or 1, H or 1, ceil(S / size), ceil(T / size)], true where queries
+    i size to (i + 1) size - 1 see keys j size to (j + 1) size - 1, size a power of two from 16 on; other
+    blocks are neither read nor computed (tilewright.masks.blocks makes them of a mask).  A row that sees nothing gives 0,
     and zero gradients.
     `bias`, floats that broadcast to [B, H, S, T], is added to the scaled, capped scores; where it is -inf
     (or below -2.3e38) it hides a key.  What it is broadcast over is not in memory, nor is the gradient of
@@ -316,6 +343,7 @@ def attention(
         _direct is not None
         and window is None
         and ranges is None
+        and blocks is None
         and bias is None
         and softcap is None
         and sinks is None
@@ -327,7 +355,7 @@ def attention(
         if out is not None:
             return out
     return attention_with_lse(
-        q, k, v, causal=causal, window=window, ranges=ranges, bias=bias,
+        q, k, v, causal=causal, window=window, ranges=ranges, blocks=blocks, bias=bias,
         softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
     )[0]  # fmt: skip
 

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from tilewright import _op
-from tilewright.ops.attention import MAX_D, attend, checked_window, of_one_width, under_autocast
+from tilewright.ops.attention import (
+    MAX_D,
+    attend,
+    check_dropout,
+    checked_window,
+    of_one_width,
+    under_autocast,
+)
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -78,6 +85,7 @@ def attention_varlen_with_lse(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """attention_varlen, and the natural logarithm of the softmax's denominator, the sink included.
 
@@ -97,16 +105,17 @@ def attention_varlen_with_lse(
         cu_seqlens_k = cu_seqlens_q
     _check_starts(cu_seqlens_k, "cu_seqlens_k", k, sequences)
     left, right = checked_window("attention_varlen", q, causal, window, softcap, sinks)
+    check_dropout("attention_varlen", dropout_p)
     if max(q.size(2), v.size(2)) > MAX_D or not _op.serves("attention", q):
         return _op.twin("attention_varlen_with_lse")(
             q, k, v, cu_seqlens_q, cu_seqlens_k,
-            window=(left, right), softcap=softcap, sinks=sinks, scale=scale,
+            window=(left, right), softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
         )  # fmt: skip
     begin, end = _ranges(cu_seqlens_q, cu_seqlens_k, q.size(0), k.size(0), left, right)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     width = v.size(3)
     q, k, v, scale = of_one_width(q, k, v, scale)
-    out, lse = attend(q, k, v, sinks, None, begin, end, -1, -1, softcap, scale)
+    out, lse = attend(q, k, v, sinks, None, begin, end, -1, -1, softcap, scale, dropout_p)
     return out[..., :width].squeeze(0).transpose(0, 1), lse.squeeze(0)
 
 
@@ -122,6 +131,7 @@ def attention_varlen(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Attention of sequences packed one after another, each to itself.
 
@@ -131,12 +141,12 @@ def attention_varlen(
     They stay on the device, where a kernel serves (head dims to 256, no float64), and no longest length is
     asked for.  Queries past the last sequence give 0.
 
-    `causal`, `window`, `softcap`, `sinks`, `scale` and gradients are attention's, within a sequence:
+    `causal`, `window`, `softcap`, `sinks`, `scale`, `dropout_p` and gradients are attention's, within a sequence:
     its last query stands at its last key.  ValueError on shapes, dtypes, devices or options that do not
     fit, and on the CPU on cu_seqlens that fall or pass the end (on a GPU such rows see the keys there
     are).
     """
     return attention_varlen_with_lse(
         q, k, v, cu_seqlens_q, cu_seqlens_k,
-        causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale,
+        causal=causal, window=window, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
     )[0]  # fmt: skip

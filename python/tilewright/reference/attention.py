@@ -55,33 +55,24 @@ def keeps(seed: Tensor, rows: int, T: int, dropout_p: float) -> Tensor:
     return draw >= int(torch.tensor(dropout_p, dtype=torch.float32).double().item() * 2**32)
 
 
-def attention_with_lse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    window: tuple[int, int] | None = None,
-    ranges: tuple[Tensor, Tensor] | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """softmax(scale q kᵀ + bias) v and the log of its denominator:
+def drawn_seed(device: torch.device) -> Tensor:
+    """What the draws of one call come from: int64 [1], of torch's generator of the device."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
-    q [B, H, S, D], k [B, G, T, D], v [B, G, T, Dv] -> [B, H, S, Dv], [B, H, S].  The softmax is at least float32, the
-    products of q's dtype.  Under autocast the inputs take its dtype, as torch's do.
-    """
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: tuple[int, int] | None,
+    ranges: tuple[Tensor, Tensor] | None, blocks: tuple[Tensor, int] | None, bias: Tensor | None,
+    softcap: float | None, sinks: Tensor | None, scale: float | None, dropout_p: float, kept: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """attention_with_lse; kept [B, H, S, T] is what dropout leaves, where the caller has drawn it."""
     device = q.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
         q, k, v = (t if t.dtype == torch.float64 else t.to(low) for t in (q, k, v))
         with torch.autocast(device, enabled=False):
-            return attention_with_lse(
-                q, k, v, causal=causal, window=window, ranges=ranges, bias=bias,
-                softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
+            return attend(
+                q, k, v, causal, window, ranges, blocks, bias, softcap, sinks, scale, dropout_p, kept
             )  # fmt: skip
     (B, H, S, D), (G, T) = q.shape, k.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -91,6 +82,11 @@ def attention_with_lse(
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     hidden = hidden_from(B, S, T, causal, window, ranges, q.device)
+    if blocks is not None:
+        mask, size = blocks
+        unseen = ~mask.repeat_interleave(size, 2)[:, :, :S].repeat_interleave(size, 3)[..., :T]
+        unseen = unseen.unflatten(1, (G, H // G)) if mask.size(1) > 1 else unseen.unsqueeze(1)
+        hidden = unseen if hidden is None else hidden | unseen
     if bias is not None:
         added = bias.to(wide).expand(B, H, S, T).reshape(B, G, H // G, S, T)
         unseen = added < HIDDEN
@@ -110,11 +106,37 @@ def attention_with_lse(
     else:
         probs, lse = scores.softmax(-1), scores.logsumexp(-1)
     if dropout_p > 0:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
-        kept = keeps(seed, B * H * S, T, dropout_p).view(probs.shape)
-        probs = torch.where(kept, probs / (1 - dropout_p) if dropout_p < 1 else 0.0, 0.0)
+        if kept is None:
+            kept = keeps(drawn_seed(q.device), B * H * S, T, dropout_p)
+        share = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+        probs = torch.where(kept.reshape(probs.shape), probs * share, 0.0)
     out = (probs.to(q.dtype) @ v.unsqueeze(2)).reshape(B, H, S, v.size(3))
     return out, lse.reshape(B, H, S)
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    ranges: tuple[Tensor, Tensor] | None = None,
+    blocks: tuple[Tensor, int] | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q kᵀ + bias) v and the log of its denominator:
+
+    q [B, H, S, D], k [B, G, T, D], v [B, G, T, Dv] -> [B, H, S, Dv], [B, H, S].  The softmax is at least float32, the
+    products of q's dtype.  Under autocast the inputs take its dtype, as torch's do.
+    """
+    return attend(
+        q, k, v, causal, window, ranges, blocks, bias, softcap, sinks, scale, dropout_p, None
+    )  # fmt: skip
 
 
 def attention(
@@ -125,6 +147,7 @@ def attention(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     ranges: tuple[Tensor, Tensor] | None = None,
+    blocks: tuple[Tensor, int] | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -133,7 +156,7 @@ def attention(
 ) -> Tensor:
     """attention_with_lse's first result."""
     return attention_with_lse(
-        q, k, v, causal=causal, window=window, ranges=ranges, bias=bias,
+        q, k, v, causal=causal, window=window, ranges=ranges, blocks=blocks, bias=bias,
         softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
     )[0]  # fmt: skip
 
