@@ -139,6 +139,13 @@ def compiled_lines(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def of_hopper(line: str) -> str:
+    """A variant's line as compiled_lines has it of sm_90 alone."""
+    at = ARCHS.index(90)
+    cells = (cell.split(" / ") for cell in line.split(" | "))
+    return " | ".join(cell[at] if len(cell) == len(ARCHS) else " / ".join(cell) for cell in cells)
+
+
 def _compiled() -> list[str]:
     command = [sys.executable, "-m", "tilewright.lab.compile", "--arch", *map(str, ARCHS)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
