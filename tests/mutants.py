@@ -1,10 +1,14 @@
 """The mutants of test_mutants.py: each takes one term out of a kernel, and why those that live do."""
 
+import hashlib
+import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ROOT / "csrc/cpu"
+KILLERS = ROOT / "tests/killers.json"
 
 
 class Mutant(NamedTuple):
@@ -12,6 +16,17 @@ class Mutant(NamedTuple):
     was: str
     becomes: str
     op: str  # whose tests must notice
+
+
+def key(mutant: Mutant) -> str:
+    """Its name in killers.json."""
+    changes = f"{mutant.op}\n{mutant.was}\n{mutant.becomes}"
+    return f"{mutant.path.name} {hashlib.sha256(changes.encode()).hexdigest()[:12]}"
+
+
+def killers() -> dict[str, str]:
+    """By key the test that killed the mutant last."""
+    return json.loads(KILLERS.read_text()) if KILLERS.is_file() else {}
 
 
 def of(file: str, op: str, *changes: tuple[str, str]) -> list[Mutant]:
@@ -412,3 +427,15 @@ SURVIVORS = {
         " round alike; tensor cores of two tile shapes do not"
     ),
 }
+
+
+def keep(notes: Path) -> None:
+    """Takes what notes say, "key TAB test" a line, into killers.json, and out of it who is no more."""
+    told = dict(line.split("\t") for line in notes.read_text().splitlines())
+    known = {key(mutant) for mutant in [*TRITON, *CPP]}
+    kept = {who: test for who, test in (killers() | told).items() if who in known}
+    KILLERS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    keep(Path(sys.argv[1]))

@@ -2,11 +2,14 @@
 run in the interpreter, those of the C++ kernels natively, at the level in use.
 
 mutants.py lists them: a file, a text in it (found once) and what replaces it.  That the texts are there is tested
-always, the mutants themselves in the slow tests.
+always, the mutants themselves in the slow tests.  killers.json says which test killed each the last time: it
+is tried first, and where it passes or is no more, the op's tests all.  TILEWRIGHT_KILLERS=FILE notes there
+what killed whom, and `python tests/mutants.py FILE` keeps it.
 """
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +29,8 @@ CPU = ROOT / "csrc/cpu"
 
 LISTED = harness.load(ROOT / "tests/mutants.py")
 Mutant, SURVIVORS = LISTED.Mutant, LISTED.SURVIVORS
+KILLERS = LISTED.killers()
+NO_SUCH_TEST, NOTHING_CHOSEN = 4, 5  # pytest's
 
 
 def name(mutant: tuple) -> str:
@@ -61,13 +66,22 @@ def mutated(mutant: tuple, folder: Path) -> Path:
     return path
 
 
+def note(key: str, told: str) -> None:
+    """The test that failed, for killers.json."""
+    killer = re.search(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", told, re.MULTILINE)
+    if "TILEWRIGHT_KILLERS" in os.environ and killer:
+        with open(os.environ["TILEWRIGHT_KILLERS"], "a") as file:
+            file.write(f"{key}\t{killer[1]}\n")
+
+
 def assert_killed(mutant: tuple, folder: Path, suites: list[list[str]], **mode: str) -> None:
     """One of these choices of tests fails on the package under `folder`."""
     clean = {
         k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TILEWRIGHT_CPU_ISA")
     }
-    told = ""
-    for wanted in suites:
+    told, key = "", LISTED.key(mutant)
+    last = [[KILLERS[key]]] if key in KILLERS else []
+    for wanted in last + suites:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *wanted],
             env=clean | {"PYTHONPATH": str(folder), "TILEWRIGHT_SHUFFLE": "1"} | mode,
@@ -76,11 +90,11 @@ def assert_killed(mutant: tuple, folder: Path, suites: list[list[str]], **mode: 
             text=True,
         )
         told += done.stdout[-2000:] + done.stderr[-2000:]
-        if (
-            done.returncode == 1 or done.returncode < 0
-        ):  # below nought: killed by a signal, as it were
+        if done.returncode == 1 or done.returncode < 0:  # below nought: by a signal
+            note(key, done.stdout)
             return
-        assert done.returncode in (0, 5), told  # 5: nothing chosen; else not a test that failed
+        passed = (0, NOTHING_CHOSEN, *([NO_SUCH_TEST] if wanted in last else []))
+        assert done.returncode in passed, told
     pytest.fail(f"survived: {mutant}\n{told}")
 
 
