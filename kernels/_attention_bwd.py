@@ -24,13 +24,14 @@ from ._tile import (
     Options,
     add_bias,
     by_head_dim,
+    config_of,
     dense_rows,
     divisor,
     first_score,
+    given,
     heads_last,
     hopper,
     kept_share,
-    key,
     key_range,
     load_rows,
     padded,
@@ -45,7 +46,6 @@ from ._tile import (
     store_rows,
     undropped,
     visible,
-    within,
 )
 from ._tune import Config, Tunable, split
 
@@ -344,7 +344,7 @@ def attention_bwd(
     scalars = (S, T, *options.scalars(S, T))
     ranges = options.ranges()
     if dq.numel():
-        config = within(DQ(q.device, *key(q, flags)), flags, padded(D))
+        config = config_of(DQ, q, flags)
         lists, *steps = options.lists(S, T)
         _attention_dq_kernel[(triton.cdiv(S, config["BLOCK_M"]), B * H)](
             q, k, v, None if sinks is None else sinks.contiguous(), whole, *ranges, lists, seed,
@@ -352,7 +352,7 @@ def attention_bwd(
             *strides, *steps, H, *scalars, **sunk, **fixed, **config,
         )  # fmt: skip
     if dk.numel():
-        config = within(DKV(q.device, *key(q, flags)), flags, padded(D))
+        config = config_of(DKV, q, flags)
         lists, *steps = options.lists(S, T, transposed=True)
         _attention_dkv_kernel[(triton.cdiv(T, config["BLOCK_N"]), B * G)](
             q, k, v, whole, *ranges, *_queries(ranges, T), lists, seed, dout, stats, dk, dv,
@@ -416,8 +416,10 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
                 sunk = {"HAS_SINKS": flags["HAS_SINKS"], "HAS_DLSE": flags["HAS_SINKS"]}
                 seen = {name: flag for name, flag in flags.items() if name not in sunk}
                 fixed = {"GROUP": 4, "HEAD_DIM": D, **seen, "BLOCK_D": D, "stride_bt": 1}
-                found += [
+                for kernel, types, constants, options in (
                     (_attention_dq_kernel, dq, fixed | sunk | dq_blocks, dq_options),
                     (_attention_dkv_kernel, dkv, fixed | dkv_blocks, dkv_options),
-                ]
+                ):
+                    theirs, none = given(types, constants)
+                    found.append((kernel, theirs, constants | none, options))
     return found

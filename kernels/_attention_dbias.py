@@ -17,6 +17,7 @@ from ._tile import (
     Options,
     add_bias,
     by_head_dim,
+    given,
     kept_share,
     key,
     key_range,
@@ -134,8 +135,9 @@ def _attention_dbias_kernel(
                 cols = start + tl.arange(0, BLOCK_N)
                 met = True
                 if SIZE:
-                    at_block = blocks_ptr + b * stride_lb + h * stride_lh
-                    met = tl.load(at_block + first // SIZE * stride_ln + start // SIZE) != 0
+                    row = tl.full((), first // SIZE, tl.int64) * stride_ln
+                    at_block = blocks_ptr + b * stride_lb + h * stride_lh + row
+                    met = tl.load(at_block + start // SIZE) != 0
                 if met:
                     acc += _ds(
                         q_h, k_h, v_h, bias, dout_h, stats, words, stride_qs, stride_kt, stride_vt,
@@ -218,5 +220,6 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
             for over in ((True, False, False, False), (True, False, True, False)):
                 summed = {f"OVER_{axis}": one for axis, one in zip("BHST", over, strict=True)}
                 fixed = {"GROUP": 4, "HEAD_DIM": D, **flags, "BLOCK_D": D, "stride_bt": 1} | summed
-                found.append((_attention_dbias_kernel, types, fixed | blocks, options))
+                theirs, none = given(types, flags)
+                found.append((_attention_dbias_kernel, theirs, fixed | blocks | none, options))
     return found

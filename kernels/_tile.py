@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._blocks import Blocks
-from ._tune import Config, bucket, grid
+from ._tune import Config, Tunable, bucket, grid
 
 LOWEST = tl.constexpr(-3.4028234e38)  # a running maximum that -inf minus it is not nan
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -159,15 +159,16 @@ def first_score(sinks_ptr, h, HAS_SINKS: tl.constexpr):
 @triton.jit
 def plane(bias_ptr, b, h, stride_bb, stride_bh, stride_bs, stride_bt, HAS_BIAS: tl.constexpr):
     """What add_bias takes of head h: where its scores' biases start, and their strides."""
+    at = 0  # no None in a tuple
     if HAS_BIAS:
-        bias_ptr += b * stride_bb + h * stride_bh
-    return bias_ptr, stride_bs, stride_bt
+        at = bias_ptr + b * stride_bb + h * stride_bh
+    return at, stride_bs, stride_bt
 
 
 @triton.jit
 def add_bias(s, bias, rows, cols, S, T, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr):
     """Scores [rows, cols], or [cols, rows] where TRANSPOSED, in base 2, with their bias.  What is below
-    -2.3e38 becomes -inf by that: it hides its key."""
+    -2.3587e38 is -inf in base 2: it hides its key."""
     if HAS_BIAS:
         ptr, stride_bs, stride_bt = bias
         row, col = rows[:, None], cols[None, :]
@@ -219,7 +220,8 @@ def undropped(x, words, cols, dropout, TRANSPOSED: tl.constexpr, DROPOUT: tl.con
 @triton.jit
 def kept_share(dropout):
     """What makes up for what is dropped: 1 / (1 - dropout), and 0 where all is."""
-    return 1.0 / tl.where(dropout < 1, 1.0 - dropout, float("inf"))
+    p = tl.full((), dropout, tl.float32)
+    return 1.0 / tl.where(p < 1, 1.0 - p, float("inf"))
 
 
 KEYS = ("dtype", "BLOCK_D", "causal", "S")
@@ -265,6 +267,13 @@ def within(config: Config, flags: dict[str, int], BLOCK_D: int) -> Config:
     if flags["HAS_BIAS"] and BLOCK_D == 256:
         config = config | {"num_stages": 1}
     return config
+
+
+def config_of(tunable: Tunable, q: Tensor, flags: dict[str, int]) -> Config:
+    """A launch's.  A bias's tile is not in what tables measure: beside one the heuristic's."""
+    sizes, BLOCK_D = key(q, flags), padded(q.size(3))
+    plain = tunable.heuristic(*sizes) if flags["HAS_BIAS"] else tunable(q.device, *sizes)
+    return within(plain, flags, BLOCK_D)
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -377,3 +386,20 @@ def signature(pointers: dict[str, torch.dtype], heads: str = "H") -> dict[str, s
         | dict.fromkeys([*strides, *lists, heads, "S", "T", "left", "right"], "i32")
         | dict.fromkeys(["softcap", "scale", "dropout"], "fp32")
     )
+
+
+POINTERS = {
+    "HAS_SINKS": ("sinks_ptr",),
+    "HAS_BIAS": ("bias_ptr",),
+    "RANGES": ("begin_ptr", "end_ptr", "first_ptr", "last_ptr"),
+    "DROPOUT": ("seed_ptr",),
+    "SIZE": ("blocks_ptr",),
+    "HAS_DLSE": ("dlse_ptr",),
+}
+
+
+def given(types: dict[str, str], flags: dict[str, int]) -> tuple[dict[str, str], dict[str, None]]:
+    """types without the pointers that a launch under `flags` has none for, and those."""
+    lacking = {name for flag, names in POINTERS.items() if not flags.get(flag, 1) for name in names}
+    kept = {name: kind for name, kind in types.items() if name not in lacking}
+    return kept, dict.fromkeys(name for name in types if name in lacking)

@@ -22,13 +22,14 @@ from ._tile import (
     Options,
     add_bias,
     by_head_dim,
+    config_of,
     dense_rows,
     divisor,
     first_score,
+    given,
     heads_last,
     hopper,
     kept_share,
-    key,
     key_range,
     load_rows,
     padded,
@@ -178,7 +179,7 @@ def attention_fwd(
     if fast is not None and fast.fits(q, k, v, flags, right):
         fast.attention_hopper(q, k, v, out, lse, flags["RIGHT"], scale)
         return out, lse
-    config = within(FWD(q.device, *key(q, flags)), flags, padded(D))
+    config = config_of(FWD, q, flags)
     lists, *steps = options.lists(S, T)
     _attention_fwd_kernel[(triton.cdiv(S, config["BLOCK_M"]), B * H)](
         q, k, v, None if sinks is None else sinks.contiguous(), bias, *options.ranges(), lists, seed, out, lse,
@@ -203,5 +204,6 @@ def variants() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
             for S, flags in ((16, PLAIN), *((4096, flags) for flags in VARIANTS)):
                 fixed = {"GROUP": 4, "HEAD_DIM": D, **flags, "BLOCK_D": D, "stride_bt": 1}
                 blocks, options = split(within(_heuristic(dtype, D, True, S), flags, D))
-                found.append((_attention_fwd_kernel, types, fixed | blocks, options))
+                theirs, none = given(types, flags)
+                found.append((_attention_fwd_kernel, theirs, fixed | blocks | none, options))
     return found

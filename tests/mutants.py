@@ -166,11 +166,11 @@ TRITON = [
         ("tl.load(sinks_ptr + h)", "tl.load(sinks_ptr)"),
         ('        l = tl.where(l == 0, float("inf"), l)', "        l = l"),
         ("        s += x.to(tl.float32) * LOG2E", "        s += x.to(tl.float32)"),
-        ("        bias_ptr += b * stride_bb + h * stride_bh", "        bias_ptr += h * stride_bh"),
+        ("        at = bias_ptr + b * stride_bb + h * stride_bh", "        at = bias_ptr + h * stride_bh"),
         ("    return (x ^ y ^ (x >> 15)) * 0x846CA68B", "    return (x ^ y) * 0x846CA68B"),
         ("        a = mixed((a ^ (a >> 16)) + low, high)", "        a = mixed((a ^ (a >> 16)) + low, low)"),
         ("            draw = mixed(col[:, None] + a[None, :], b[None, :])", "            draw = mixed(col[:, None] + a[None, :], a[None, :])"),
-        ('    return 1.0 / tl.where(dropout < 1, 1.0 - dropout, float("inf"))', "    return 1.0 / (1.0 - dropout)"),
+        ('    return 1.0 / tl.where(p < 1, 1.0 - p, float("inf"))', "    return 1.0 / (1.0 - p)"),
     ),
     *of(
         "_attention_bwd",

@@ -102,7 +102,7 @@ def test_head_dims(D, device):
 
 @pytest.mark.parametrize("S", [3, 60], ids=["decode", "blocked"])
 def test_holes(S, dtype, device):
-    """What ranges cannot say: -inf anywhere; a row of nothing else; one key; below -2.3e38."""
+    """What ranges cannot say: -inf anywhere; a row of nothing else; one key; below -2.36e38."""
     seen = torch.rand(2, 1, S, 70, device=device) > 0.6
     seen[0, 0, 1] = False
     seen[1, 0, 2] = False
@@ -114,8 +114,35 @@ def test_holes(S, dtype, device):
     out, lse = ops.attention_with_lse(*inputs, bias=bias)
     assert not out[0, :, 1].any() and (lse[0, :, 1] == -torch.inf).all()
     torch.testing.assert_close(out[1, :, 2], inputs[2][1, :, 40].repeat_interleave(2, 0))
-    lowest = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
-    assert torch.equal(ops.attention(*inputs, bias=lowest), out)
+    for hidden in (torch.finfo(torch.float32).min, -2.37e38):
+        lowest = torch.where(seen, 0.0, hidden)
+        assert torch.equal(ops.attention(*inputs, bias=lowest), out)
+
+
+def test_a_low_bias_of_all_keys_hides_none(device):
+    inputs = [x.detach() for x in drawn(device, 1, 2, 1, 20, 33, 16)]
+    bias = torch.full((20, 33), -2.3e38, device=device)
+    out = ops.attention(*inputs, bias=bias)
+    expected = inputs[2].mean(2, keepdim=True).expand_as(out)
+    torch.testing.assert_close(out, expected)
+
+
+def test_an_expanded_bias_is_not_laid_out(device):
+    """float16 is made float32: of what is in memory."""
+    q, k, v = (x.detach() for x in drawn(device, 2, 4, 2, 20, 33, 16))
+    bias = torch.randn(20, 33, device=device, dtype=torch.float16)
+    whole = bias.expand(2, 4, 20, 33).requires_grad_()
+    out = ops.attention(q, k, v, bias=whole)
+    assert torch.equal(out, ops.attention(q, k, v, bias=bias))
+    dout = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(out, whole, dout)
+    assert grad.shape == whole.shape
+    given = bias.float().requires_grad_()
+    (expected,) = torch.autograd.grad(ops.attention(q, k, v, bias=given), given, dout)
+    torch.testing.assert_close(grad.float().sum((0, 1)), expected, rtol=1e-2, atol=1e-2)
+    mask = torch.rand(1, 1, 20, 33, device=device).gt(0.5).expand(2, 4, 20, 33)
+    added = masks.additive(mask)
+    assert added.shape == mask.shape and added.untyped_storage().nbytes() == 4 * 20 * 33
 
 
 def test_ranges_too(dtype, device):
@@ -201,6 +228,21 @@ def test_compiles_fullgraph(dynamic, device):
         assert torch.equal(found, expected)
         grads = (torch.autograd.grad(out.sum(), (*inputs, bias)) for out in (found, expected))
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["made", "parameter"])
+def test_compiles_with_a_bias_that_is_no_argument(kind, device):
+    """Whose sizes are numbers beside symbols."""
+    slopes = torch.nn.Parameter(torch.randn(4, 1, 1, device=device))
+
+    def f(q):
+        bias = masks.alibi(4, q.size(2), device=q.device) if kind == "made" else slopes
+        return ops.attention(q, q, q, bias=bias)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)
+    for S in (20, 40):
+        q = torch.randn(2, 4, S, 16, device=device)
+        torch.testing.assert_close(compiled(q), f(q))
 
 
 @pytest.mark.parametrize(

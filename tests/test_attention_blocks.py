@@ -151,7 +151,10 @@ def test_compiles_fullgraph(dynamic, device):
     for S in (20, 33):
         inputs = drawn(device, 1, 4, 2, S, S, 16)
         seen, _ = some_blocks(device, 1, 4, S, S, 16)
-        assert torch.equal(compiled(*inputs, seen), f(*inputs, seen))
+        found, expected = compiled(*inputs, seen), f(*inputs, seen)
+        assert torch.equal(found, expected)
+        grads = (torch.autograd.grad(out.sum(), inputs) for out in (found, expected))
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "reference": ({"quant_tensor"}, BASE),
     "_native": ({"_C"}, BASE),
     "_op": ({"_native", "reference", "kernels", "lab"}, BASE),  # lab: under the interpreter
-    "ops": ({"_op", "_native", "kernels", "quant_tensor"}, BASE),
+    "ops": ({"_op", "_native", "kernels", "masks", "quant_tensor"}, BASE),
     "testing": ({"ops", "reference", "quant_tensor"}, BASE),
     "nn": ({"masks", "ops", "quant_tensor"}, BASE),
     "quant": ({"ops", "quant_tensor"}, BASE | {"gguf", "numpy", "safetensors"}),

@@ -235,6 +235,7 @@ def test_compiles_fullgraph(mask, device, attended):
     given = {k: x.to(device) for k, x in MASKS[mask][0].items()}
     f = torch.compile(ours, fullgraph=True, backend="aot_eager")
     out, _ = f(*inputs, need_weights=False, **given)
+    assert attended
     torch.testing.assert_close(out, ours(*inputs, need_weights=False, **given)[0])
 
 

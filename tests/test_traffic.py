@@ -6,6 +6,7 @@ loaded again is a formula in the sizes and the tile's shape, here beside the op.
 visits tiles outside its mask exceeds both its loads and its FLOPs.
 """
 
+import itertools
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.interpreted
 
 ROOT = Path(__file__).resolve().parents[1]
 FP32, BF16 = torch.float32, torch.bfloat16
+BLOCKS = ("BLOCK_M", "BLOCK_N")
 
 
 @pytest.fixture(autouse=True)
@@ -309,13 +311,18 @@ def test_a_window_visits_its_tiles_alone(S, T, left, right, dtype, interpreter):
 def test_blocks_that_are_left_out_are_not_visited(dtype, interpreter):
     """Not of the mask's, nor of causal's."""
     from tilewright import ops
+    from tilewright.kernels._attention_dbias import DBIAS
+    from tilewright.kernels._tile import NONE, within
+
+    flags = NONE | {"SIZE": 32, "HAS_BIAS": True}
 
     H, S, T, D, size = 2, 150, 170, 32, 32
     seen = torch.rand(1, H, ceil(S / size), ceil(T / size)) > 0.5
     inputs = [torch.randn(1, n, m, D, dtype=dtype) for n, m in ((H, S), (1, T), (1, T))]
-    inputs = [x.requires_grad_() for x in inputs]
+    inputs = [x.requires_grad_() for x in (*inputs, torch.randn(H, S, T))]
+    q, k, v, bias = inputs
     with interpreter.recording() as launches:
-        out = ops.attention(*inputs, blocks=(seen, size), causal=True)
+        out = ops.attention(q, k, v, bias=bias, blocks=(seen, size), causal=True)
     with interpreter.recording() as backward:
         torch.autograd.grad(out, inputs, torch.randn_like(out))
     last = torch.arange(seen.size(2)) * size + size - 1 + T - S  # key that a block of queries sees
@@ -323,7 +330,13 @@ def test_blocks_that_are_left_out_are_not_visited(dtype, interpreter):
     met = int((seen & (first <= last[:, None])).sum())
     assert 0 < met < seen.sum()
     flops = [launch.dot_flops for launch in (launches[0], *backward)]
-    assert flops == [2 * products * met * size * size * D for products in (2, 4, 4)]
+    assert flops[:3] == [2 * products * met * size * size * D for products in (2, 4, 4)]
+    # the bias's gradient goes by causal to its own tiles, and by the mask to its blocks
+    m, n = (within(DBIAS.heuristic(dtype, D, True, power(S)), flags, D)[x] for x in BLOCKS)
+    tiles = 0
+    for i, j in itertools.product(range(0, S, m), range(0, T, n)):
+        tiles += int(seen[0, :, i // size, j // size].sum()) * (j <= min(i + m, S) - 1 + T - S)
+    assert flops[3:] == [2 * 2 * tiles * m * n * D]
 
 
 def test_every_op_is_counted():

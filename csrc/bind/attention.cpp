@@ -92,7 +92,14 @@ bool is_decode(const AttentionArgs& a) {
   return a.S <= 8 && a.S * a.group() <= 64 && a.bias.data == nullptr && a.blocks.data == nullptr && a.dropout.none();
 }
 
-Tensor as_float(const std::optional<Tensor>& x) { return x ? x->to(at::kFloat) : Tensor(); }
+// What is expanded stays one.
+Tensor as_float(const std::optional<Tensor>& x) {
+  if (!x) return {};
+  Tensor once = *x;
+  for (int64_t axis = 0; axis < once.dim(); ++axis)
+    if (once.stride(axis) == 0 && once.size(axis) > 1) once = once.narrow(axis, 0, 1);
+  return once.to(at::kFloat);
+}
 
 // The keys a query meets at the most.
 int64_t span(const AttentionArgs& a) { return a.begin ? a.T : std::min(a.T, a.left + a.right + 1); }
@@ -164,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
         each * (a.begin ? a.S : std::min(a.S, a.left + a.right + 1)) * a.group(), a.blocked_scratch());
   Tensor dbias = at::detail::empty_cpu({0}, at::kFloat);
   if (options.bias.defined() && bias_grad) {
-    dbias = at::zeros(options.bias.sizes(), at::kFloat);
+    dbias = at::zeros(bias->sizes(), at::kFloat);
     a.dbias = bias_view("attention_bwd", dbias, a);
     if (dbias.numel() && dk.numel() && dq.numel())
       run(TW_PICK(attention_dbias), a, a.dbias_items(),

@@ -18,7 +18,7 @@ namespace {
 constexpr int L = ATTENTION_LANES, NB = ATTENTION_BLOCK;
 constexpr float LOWEST = -3.402823466e38f;  // a running maximum that -inf minus it is not nan
 constexpr float INF = __builtin_inff();
-constexpr float HIDDEN = -2.3e38f;  // a bias below it hides its key
+constexpr float HIDDEN = -2.3587e38f;  // a bias below it hides its key
 
 // Register tile: MR broadcasts x NV vectors of accumulators fill 24 of AVX-512's 32 registers, 12
 // of AVX2's 16.

@@ -187,7 +187,11 @@ def build(
     about: dict[str, Any] = {
         "file": file,
         "kernel": kernel.__name__,
-        "constants": {k: v if isinstance(v, (int, str)) else str(v) for k, v in constants.items()},
+        "constants": {
+            k: v if isinstance(v, (int, str)) else str(v)
+            for k, v in constants.items()
+            if v is not None  # a pointer that the launch has none for
+        },
         "options": options,
         "arch": arch,
         "types": " ".join(pointees),

@@ -28,12 +28,12 @@ def scaled_dot_product_attention(
     """torch.nn.functional.scaled_dot_product_attention on ops.attention.
 
     query [..., H, S, D], key, value [..., G, T, D] -> [..., H, S, D], H a multiple of G under enable_gqa
-    and else G.  attn_mask broadcasts to [..., H, S, T]: bool, true where a key is seen, or floats that are added
-    to the scores; a query that sees no key gives 0.  is_causal lets query i see keys up to i, from the first
-    on, as torch has it (ops.attention's causal counts from the last).  Any gradient, attn_mask's too;
-    arguments and errors are torch's, whose own attention takes what no kernel of ours does: float64, head
-    dims above 256, values of another width than keys, batches that broadcast.  Dropout draws otherwise than
-    torch's.
+    and else G.  attn_mask broadcasts to [..., H, S, T]: bool, true where a key is seen, or floats that are
+    added to the scores, and hide a key below -2.36e38; a query that sees no key gives 0.  is_causal lets
+    query i see keys up to i, from the first on, as torch has it (ops.attention's causal counts from the
+    last).  First derivatives, attn_mask's too; arguments and errors are torch's, whose own attention takes
+    what no kernel of ours does: float64, head dims above 256, values of another width than keys, batches
+    that broadcast.  Dropout draws otherwise than torch's.
     """
     if (
         not _ours(query, key, value, enable_gqa)
@@ -73,7 +73,7 @@ def _is_mask(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool) -
         and mask.dtype in (torch.bool, torch.float32, query.dtype)
         and mask.device == query.device
         and 2 <= mask.dim() <= most
-        and all(a in (1, b) for a, b in zip(reversed(mask.shape), reversed(shape), strict=False))
+        and masks.broadcasts(mask.shape, shape)
     )
 
 

@@ -22,7 +22,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     is torch's: weights, which are S T numbers a head, bias_k and bias_v, add_zero_attn, nested tensors,
     float64.
 
-    A query that sees no key gives out_proj of 0, where torch's gives nan.  Dropout draws otherwise than torch's.
+    A query that sees no key, also by masks below -2.36e38, gives out_proj of 0, where torch's gives nan or
+    the mean.  Dropout draws otherwise than torch's.
     """
 
     def forward(
@@ -159,7 +160,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         for mask in parts:
             if mask.dtype == torch.bool:
                 mask = masks.additive(~mask, query.dtype)
-            elif not mask.is_floating_point():
+            elif mask.dtype not in (torch.float32, query.dtype):
                 return None
             bias = mask if bias is None else bias + mask
         return bias

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tilewright import _op
+from tilewright import _op, masks
 
 MAX_D = 256
+MOST_SEED = 2**63 - 1  # as the reference draws it
 _direct = _op.direct("attention")
 
 
@@ -157,7 +158,7 @@ def _check_bias(bias: Tensor, q: Tensor, T: int) -> None:
         not bias.is_floating_point()
         or bias.device != q.device
         or bias.dim() > 4
-        or any(a not in (1, b) for a, b in zip(reversed(bias.shape), (T, S, H, B), strict=False))
+        or not masks.broadcasts(bias.shape, (B, H, S, T))
     ):
         raise ValueError(
             f"attention: bias {tuple(bias.shape)} {bias.dtype} on {bias.device} does not fit q"
@@ -176,7 +177,7 @@ def _check_blocks(mask: Tensor, size: int, q: Tensor, T: int) -> None:
         or mask.device != q.device
         or mask.dim() != 4
         or mask.shape[2:] != shape[2:]
-        or any(a not in (1, b) for a, b in zip(mask.shape[:2], shape[:2], strict=True))
+        or not masks.broadcasts(mask.shape[:2], shape[:2])
     ):
         raise ValueError(
             f"attention: blocks {tuple(mask.shape)} {mask.dtype} on {mask.device} do not fit q"
@@ -214,7 +215,7 @@ def _folded(
             x.dtype not in (torch.int32, torch.int64)
             or x.device != q.device
             or x.dim() > 2
-            or any(a not in (1, b) for a, b in zip(reversed(x.shape), (S, B), strict=False))
+            or not masks.broadcasts(x.shape, (B, S))
         ):
             raise ValueError(
                 f"attention: ranges {tuple(x.shape)} {x.dtype} on {x.device} do not fit q"
@@ -238,10 +239,13 @@ def attend(
     dropout_p: float = 0.0, blocks: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operators, and their gradients where one is wanted; all is checked."""
+    if torch.compiler.is_compiling():  # dynamo takes no tensor twice
+        k = k.view_as(k) if k is q else k
+        v = v.view_as(v) if v is k or v is q else v
     inputs = (q, k, v, sinks, bias)
     seed = None
     if dropout_p > 0:  # as the reference draws it
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
+        seed = torch.randint(MOST_SEED, (1,), device=q.device)
     mask, size = (None, 0) if blocks is None else blocks
     softcap = 0.0 if softcap is None else softcap
     options = (begin, end, mask, seed, left, right, size, softcap, scale, dropout_p)
@@ -325,13 +329,13 @@ def attention(
     first and past the last that a block of queries sees are not read.  `blocks` (mask, size) leaves whole
     blocks: mask is bool [B or 1, H or 1, ceil(S / size), ceil(T / size)], true where queries
     i size to (i + 1) size - 1 see keys j size to (j + 1) size - 1, size a power of two from 16 on; other
-    blocks are neither read nor computed (tilewright.masks.blocks makes them of a mask).  A row that sees nothing gives 0,
-    and zero gradients.
+    blocks are neither read nor computed (tilewright.masks.blocks makes them of a mask).  A row that sees
+    nothing gives 0, and zero gradients.
     `bias`, floats that broadcast to [B, H, S, T], is added to the scaled, capped scores; where it is -inf
-    (or below -2.3e38) it hides a key.  What it is broadcast over is not in memory, nor is the gradient of
-    more than it (tilewright.masks makes masks and ALiBi such).  `dropout_p` drops probabilities and scales
-    the others by 1 / (1 - dropout_p); one seed comes of torch's generator of the device, the backward draws again
-    from it, and no mask is stored.
+    (or below -2.36e38) it hides a key.  What it is broadcast over is in memory neither of it nor of its
+    gradient (tilewright.masks makes masks and ALiBi such).  `dropout_p` drops probabilities and scales the
+    others by 1 / (1 - dropout_p); one seed comes of torch's generator of the device, the backward draws
+    again from it, and no mask is stored.
     `scale` defaults to D ** -0.5.  `softcap` c bounds the scaled scores s: c tanh(s / c) (Gemma 2).
     `sinks` [H], any float dtype, are scores of one more key a head, whose value is 0: they take
     their share of the softmax (GPT-OSS).  All are differentiable in q, k, v, bias and sinks.

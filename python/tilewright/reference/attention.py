@@ -32,7 +32,7 @@ def hidden_from(
     return hidden
 
 
-HIDDEN = -2.3e38  # a bias below it hides its key
+HIDDEN = -2.3587e38  # a bias below it hides its key
 WORD = 0xFFFFFFFF
 
 
@@ -57,7 +57,7 @@ def keeps(seed: Tensor, rows: int, T: int, dropout_p: float) -> Tensor:
 
 def drawn_seed(device: torch.device) -> Tensor:
     """What the draws of one call come from: int64 [1], of torch's generator of the device."""
-    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+    return torch.randint(2**63 - 1, (1,), device=device)
 
 
 def attend(
