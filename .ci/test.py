@@ -1,7 +1,8 @@
 """Every pass of `make test`, each in a process of its own, and one closing total.
 
 natively, everything; the op tests, drawn ones too, under TRITON_INTERPRET=1, and at the instruction
-sets avx2 and scalar.  --full adds the tests marked slow, more draws, and the instruction sets between.
+sets avx2 and scalar.  --full adds the tests marked slow, more draws, float16 under the interpreter, and the
+instruction sets between.
 As many tests at a time as there are processors.  Exit 1 where any pass failed.
 """
 

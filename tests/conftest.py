@@ -23,7 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of the interpreter, and without a GPU those of Triton launchers, belong to the pass under
-    TRITON_INTERPRET=1, which runs every one of them; the others deselect them, and say how many.
+    TRITON_INTERPRET=1, which runs every one of them; the others deselect them, and say how many.  Of float16
+    it runs those under the profile full alone (make test-full): a kernel has bfloat16's path for it.
 
     Under TILEWRIGHT_SHUFFLE=1 they come in another order, the same each time: what kills a mutant is
     met sooner among all tests than at its place in its file.
@@ -31,12 +32,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if os.environ.get("TILEWRIGHT_SHUFFLE") == "1":
         random.Random(0).shuffle(items)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return
-    markers = {"interpreted"} if torch.cuda.is_available() else {"interpreted", "triton"}
-    elsewhere = [item for item in items if markers & {mark.name for mark in item.iter_markers()}]
+        is_full = config.getoption("--hypothesis-profile", None) == "full"
+        elsewhere = [] if is_full else [item for item in items if _is_of_float16(item)]
+    else:
+        markers = {"interpreted"} if torch.cuda.is_available() else {"interpreted", "triton"}
+        elsewhere = [i for i in items if markers & {mark.name for mark in i.iter_markers()}]
     if elsewhere:
         config.hook.pytest_deselected(items=elsewhere)
         items[:] = [item for item in items if item not in set(elsewhere)]
+
+
+def _is_of_float16(item: pytest.Item) -> bool:
+    spec = getattr(item, "callspec", None)
+    return spec is not None and spec.params.get("dtype") == torch.float16
 
 
 @pytest.fixture

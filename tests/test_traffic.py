@@ -311,7 +311,7 @@ def test_a_window_visits_its_tiles_alone(S, T, left, right, dtype, interpreter):
 def test_blocks_that_are_left_out_are_not_visited(dtype, interpreter):
     """Not of the mask's, nor of causal's."""
     from tilewright import ops
-    from tilewright.kernels._attention_dbias import DBIAS
+    from tilewright.kernels._attention_dbias import heuristic
     from tilewright.kernels._tile import NONE, within
 
     flags = NONE | {"SIZE": 32, "HAS_BIAS": True}
@@ -332,7 +332,7 @@ def test_blocks_that_are_left_out_are_not_visited(dtype, interpreter):
     flops = [launch.dot_flops for launch in (launches[0], *backward)]
     assert flops[:3] == [2 * products * met * size * size * D for products in (2, 4, 4)]
     # the bias's gradient goes by causal to its own tiles, and by the mask to its blocks
-    m, n = (within(DBIAS.heuristic(dtype, D, True, power(S)), flags, D)[x] for x in BLOCKS)
+    m, n = (within(heuristic(dtype, D), flags, D)[x] for x in BLOCKS)
     tiles = 0
     for i, j in itertools.product(range(0, S, m), range(0, T, n)):
         tiles += int(seen[0, :, i // size, j // size].sum()) * (j <= min(i + m, S) - 1 + T - S)
