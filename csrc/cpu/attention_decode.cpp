@@ -8,6 +8,7 @@ namespace tilewright::cpu::TW_ISA {
 namespace {
 
 constexpr int CHUNK = ATTENTION_CHUNK;
+constexpr int64_t AHEAD = 8;  // keys that are fetched before they are met: 8 rows of 512 bytes
 
 TW_INLINE float exp(float x) {
   float lanes[W];
@@ -60,7 +61,10 @@ void decode_scores(const float* q, int64_t Dp, const C* k, int64_t stride, int64
     for (int64_t d = 0; d < whole; d += W) {
       Vec x[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) x[i] = load(kj + i * stride + d);
+      for (int i = 0; i < 4; ++i) {
+        x[i] = load(kj + i * stride + d);
+        __builtin_prefetch(kj + (i + AHEAD) * stride + d);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < RB; ++r) {
         const Vec y = load(q + r * Dp + d);
@@ -98,7 +102,10 @@ TW_INLINE void decode_columns(const float* p, const C* v, int64_t stride, int64_
   for (int64_t j = 0; j < count; ++j) {
     Vec x[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) x[n] = load(v + j * stride + n * W);
+    for (int n = 0; n < N; ++n) {
+      x[n] = load(v + j * stride + n * W);
+      __builtin_prefetch(v + (j + AHEAD) * stride + n * W);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < RB; ++r) {
       const Vec w = set1(p[r * CHUNK + j]);
