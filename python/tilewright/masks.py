@@ -97,8 +97,7 @@ def alibi(H: int, T: int, *, device: torch.device | str | None = None) -> Tensor
 
     That is slope (j - p) of key j and query p but for a number that a query's keys share: it changes no
     probability, and lse by that number.  It changes the share of a sink, which it does not reach, and costs
-    a query far before the last key bits: 3e-4 of its output at 65,536 keys in float32.  Slopes are the
-    paper's, and between two powers of two heads those of its code.  ValueError where H or T are below 1 or
+    a query bits of float32, the more the farther it is before the last key.  Slopes are the paper's, and between two powers of two heads those of its code.  ValueError where H or T are below 1 or
     0.  Press et al. 2022, arXiv:2108.12409.
     """
     if H < 1 or T < 0:
