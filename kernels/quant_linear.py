@@ -4,6 +4,7 @@ With q the unsigned code and g = k // group,
 
     w[n, k] = scales[n, g] * (q[n, k] - zeros[n, g])      zero-points
     w[n, k] = scales[n, g] * q[n, k] + minima[n, g]       minima
+    w[n, k] = scales[n, g] * codebook[q[n, k]]            a code book, of 4 bits
     w[n, k] = scales[n, g] * (q[n, k] - 2^(bits-1))       symmetric
 
 M rows (tokens), N output features, K input features, G = K / group groups in a row.  4-bit codes
@@ -29,7 +30,7 @@ from torch import Tensor
 from ._quant_tiles import DGRAD, GEMM, GEMV, GEMV_ROWS, MOST_FEATURES, MOST_ROWS
 from ._tune import Tunable, bucket, split
 
-SYMMETRIC, ZEROS, MINIMA = 0, 1, 2
+SYMMETRIC, ZEROS, MINIMA, CODEBOOK = 0, 1, 2, 3
 DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -55,11 +56,12 @@ def _weight(
     packed = packed.to(tl.int32)
     if BITS == 4:
         packed = tl.interleave(packed & 15, packed >> 4)
-    # 2^23 with the code as its low bits, less 2^23: exact, and dearer integer conversions avoided
-    code = (packed | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-
     at = n * stride_sn + g
     s = tl.load(s_ptr + at, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    if OFFSET == 3:
+        return s * tl.load(o_ptr + packed)  # 64 bytes, which stay in L1
+    # 2^23 with the code as its low bits, less 2^23: exact, and dearer integer conversions avoided
+    code = (packed | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     if OFFSET == 0:
         return s * (code - (1 << (BITS - 1)))
     o = tl.load(o_ptr + at, mask=mask_n, other=0.0).to(tl.float32)[:, None]
@@ -227,11 +229,21 @@ def _config(
     return {**config, "FULL": group % config["BLOCK_K"] == 0}
 
 
-def _offset(scales: Tensor, zeros: Tensor | None, minima: Tensor | None) -> tuple[Tensor, int]:
+def _narrow(config: dict[str, Any], kind: int) -> dict[str, Any]:
+    """config, with half the rows of w where each weight is a load of its own, whose addresses would spill."""
+    wide = kind == CODEBOOK and config["BLOCK_M"] * config["BLOCK_N"] >= 128 * 128
+    return {**config, "BLOCK_N": config["BLOCK_N"] // 2} if wide else config
+
+
+def _offset(
+    scales: Tensor, zeros: Tensor | None, minima: Tensor | None, codebook: Tensor | None
+) -> tuple[Tensor, int]:
     if zeros is not None:
         return zeros.contiguous(), ZEROS
     if minima is not None:
         return minima.contiguous(), MINIMA
+    if codebook is not None:
+        return codebook.contiguous(), CODEBOOK
     return scales, SYMMETRIC
 
 
@@ -266,10 +278,10 @@ def _dot(dtype: torch.dtype) -> dict[str, Any]:
 
 def _linear(
     bits: int, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None,
-    minima: Tensor | None, bias: Tensor | None, activations: str,
+    minima: Tensor | None, codebook: Tensor | None, bias: Tensor | None, activations: str,
 ) -> Tensor:  # fmt: skip
-    """x [..., K], qweight [N, K * bits / 8], scales, zeros or minima [N, G], bias [N] -> [..., N] of
-    x's dtype.  activations is "float" or "int8"."""
+    """x [..., K], qweight [N, K * bits / 8], scales, zeros or minima [N, G], codebook [16],
+    bias [N] -> [..., N] of x's dtype.  activations is "float" or "int8"."""
     K, (N, G) = x.shape[-1], scales.shape
     y = x.new_empty(*x.shape[:-1], N)
     M = x.numel() // K if K else y.numel() // max(N, 1)
@@ -277,7 +289,7 @@ def _linear(
         return y
     group = K // G
     x, qweight, scales = _rows(x, M), qweight.contiguous(), scales.contiguous()
-    offset, kind = _offset(scales, zeros, minima)
+    offset, kind = _offset(scales, zeros, minima, codebook)
     if activations == "int8" and K:
         x = _round_activations(x, group)
     constants: dict[str, Any] = {"BITS": bits, "OFFSET": kind, "HAS_BIAS": bias is not None}
@@ -287,7 +299,7 @@ def _linear(
         programs: tuple[int, ...] = (triton.cdiv(N, config["BLOCK_N"]),)
         kernel = _gemv_kernel
     else:
-        config = _config(GEMM, x, bits, group, M, N, K)
+        config = _narrow(_config(GEMM, x, bits, group, M, N, K), kind)
         programs = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
         kernel = _gemm_kernel
         constants |= _dot(x.dtype)
@@ -303,7 +315,7 @@ def _linear(
 
 def _dgrad(
     bits: int, dy: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None,
-    minima: Tensor | None,
+    minima: Tensor | None, codebook: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """dy [..., N], the weight as _linear takes it -> dx [..., K] of dy's dtype."""
     N, G = scales.shape
@@ -314,7 +326,7 @@ def _dgrad(
         return dx
     group = K // G
     dy, qweight, scales = _rows(dy, M), qweight.contiguous(), scales.contiguous()
-    offset, kind = _offset(scales, zeros, minima)
+    offset, kind = _offset(scales, zeros, minima, codebook)
     config = _config(DGRAD, dy, bits, group, M, N, K)
     per_group = triton.cdiv(group, config["BLOCK_K"])
     _dgrad_kernel[(triton.cdiv(M, config["BLOCK_M"]), G * per_group)](
@@ -341,14 +353,17 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
         (1, bf16, 4, ZEROS, 128),
         (8, bf16, 4, SYMMETRIC, 32),
         (8, fp32, 8, MINIMA, 100),  # masked tiles
+        (1, bf16, 4, CODEBOOK, 64),
         (16, bf16, 4, ZEROS, 128),
         (64, fp16, 8, SYMMETRIC, 4096),
         (512, bf16, 4, ZEROS, 128),
         (512, bf16, 4, MINIMA, 32),
+        (512, bf16, 4, CODEBOOK, 64),
         (512, fp32, 4, SYMMETRIC, 32),
     ):
         t = f"*{names[dtype]}"
         fixed: dict[str, Any] = {"BITS": bits, "OFFSET": kind}
+        weight |= {"o_ptr": "*fp32" if kind == CODEBOOK else "*fp16"}
         forward = {"x_ptr": t, **weight, "bias_ptr": t, "y_ptr": t, **sizes}
         forward |= {"stride_xm": "i32", "stride_ym": "i32", "tiles": "i32"}
         sizes_of = dtype, bits, group, M, 4096, 4096
@@ -357,7 +372,7 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
             block |= {"BLOCK_M": M, "FULL": group % block["BLOCK_K"] == 0}
             found.append((_gemv_kernel, forward, {**fixed, "HAS_BIAS": True, **block}, options))
             continue
-        block, options = split(GEMM.heuristic(*sizes_of))
+        block, options = split(_narrow(GEMM.heuristic(*sizes_of), kind))
         block["FULL"] = group % block["BLOCK_K"] == 0
         fixed |= _dot(dtype)
         found.append((_gemm_kernel, forward, {**fixed, "HAS_BIAS": True, **block}, options))

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from tilewright.bench import harness
+
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ROOT / "csrc/cpu"
 KILLERS = ROOT / "tests/killers.json"
@@ -215,6 +217,7 @@ TRITON = [
         "quant_linear",
         ("        return s * (code - (1 << (BITS - 1)))", "        return s * code"),
         ("        return s * (code - o)\n", "        return s * code\n"),
+        ("        return s * tl.load(o_ptr + packed)", "        return s * tl.load(o_ptr + (packed ^ 1))"),
         ("    return s * code + o\n", "    return s * code\n"),
         ("        acc += tl.sum(w * x[:, None, :, :], axis=3)", "        acc = tl.sum(w * x[:, None, :, :], axis=3)"),
         ("        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]", "        y += 0.0"),
@@ -235,190 +238,10 @@ TRITON = [
 ]  # fmt: skip
 
 CPP = [
-    *of(
-        "rms_norm_row.h",
-        "rms_norm",
-        ("sqrt(sum_squares / double(n) + double(eps))", "sqrt(sum_squares / double(n))"),
-        ("    total += reduce_add((a + b) + (c + d));", "    total = reduce_add((a + b) + (c + d));"),
-        ("    if (j < end) b = tail(j, int(end - j), b);", ""),
-        ("put(y + j, load(x + j) * r * load(scale + j), past)", "put(y + j, load(x + j) * r, past)"),
-    ),
-    *of(
-        "rms_norm.cpp",
-        "rms_norm",
-        ("store(scale + j, load(w + j) + o)", "store(scale + j, load(w + j))"),
-        ("      Vec v = r * fma(xhat, mean, d * load(scale + j));", "      Vec v = r * (d * load(scale + j));"),
-        ("store(dw + j, fma(d, xhat, load(dw + j)))", "store(dw + j, d * xhat)"),
-        ("sum = sum + load(partial + b * n + j)", "sum = load(partial + b * n + j)"),
-    ),
-    *of(
-        "rms_norm.cpp",
-        "add_rms_norm",
-        ("      if (RESIDUAL) v = v + load(residual + j);", ""),
-    ),
-    *of(
-        "add_rms_norm.cpp",
-        "add_rms_norm",
-        ("          const Vec v = load(h + j);\n", "          const Vec v = load(x + j) + load(residual + j);\n"),
-        ("store(h + j, load(x + j) + load(residual + j))", "store(h + j, load(x + j))"),
-    ),
-    *of(
-        "glu_rows.h",
-        "swiglu",
-        ("Act::value(load(gate + i)) * load(up + i)", "Act::value(load(gate + i))"),
-        ("      put(dup + i, d * value, past);", "      put(dup + i, value, past);"),
-        ("const int64_t row = at / a.cols, col = at % a.cols;\n    const int64_t n = a.cols - col < end - at ? a.cols - col : end - at;\n    const T* gate", "const int64_t row = at / a.cols, col = 0;\n    const int64_t n = a.cols - col < end - at ? a.cols - col : end - at;\n    const T* gate"),
-    ),
-    *of("swiglu.cpp", "swiglu", ("slope = s * fma(g, set1(1.f) - s, set1(1.f))", "slope = s")),
-    *of(
-        "geglu.cpp",
-        "geglu",
-        ("    slope = fma(g, density, phi);", "    slope = phi;"),
-        ("fma(square, set1(3 * B), set1(A))", "set1(A)"),
-        ("const Vec near = min(set1(64.f), max(set1(-64.f), g))", "const Vec near = g"),
-        ("g * fma(g * g, set1(B), set1(A))", "g * set1(A)"),
-        ("const Vec other = min(set1(3e38f), e) * s", "const Vec other = e * s"),
-    ),
-    *of(
-        "rope.cpp",
-        "rope",
-        ("fma(first, c, (zero - second) * s)", "first * c"),
-        ("  const Vec sign = set1(a.inverse ? -1.f : 1.f);", "  const Vec sign = set1(1.f);"),
-        ("    if (rest) __builtin_memcpy", "    if (false) __builtin_memcpy"),
-        ("a.positions[batch * a.stride_positions + index]", "a.positions[index]"),
-        ("from_float<T>(second * c + first * s)", "from_float<T>(second * c)"),
-    ),
-    *of(
-        "attention.cpp",
-        "attention",
-        ("fma(load(l + c * W), a, sum)", "load(l + c * W) + sum"),
-        ("    const Vec a = exp(old - top);\n    Vec sum", "    const Vec a = set1(1.f);\n    Vec sum"),
-        ("    if (a.softcap != 0.f) cap(scores, nullptr, count, x.vectors, a.softcap);", ""),
-        ("    if (!a.dropout.none()) drop(scores, a.dropout, words, j, count);", ""),
-    ),
-    # where ranges end anywhere: a cache's queries see one key more each
-    *of("attention_decode.cpp", "attention", ("last = most(last, a.to(b, (row + r) / R))", "last = a.to(b, (row + r) / R)")),
-    *of(
-        "attention_decode.cpp",
-        "attention_decode",
-        ("int64_t j = most(0, least(a.to(b, i) - j0, count))", "int64_t j = count"),
-        ("j < least(a.from(b, i) - j0, vectors)", "j < 0"),
-        ("j0 = a.earliest + c * CHUNK", "j0 = c * CHUNK"),
-        ("(c == 0 ? first_sum(a) * exp(start - m[r]) : 0.f)", "0.f"),
-        ("first_score(a, g * R + (row + r) % R);", "LOWEST;"),
-        ("    sum += part[1] * weight;", "    sum += part[1];"),
-        ("const float weight = exp(part[0] - top)", "const float weight = 1.f"),
-        ("begin = most(0, first - j0)", "begin = 0"),
-        ("const int64_t in_page = j % a.page_size;", "const int64_t in_page = 0;"),
-        ("least(count, a.page_size - in_page)", "count"),
-        ("  clear(q, RB * Dp);", ""),
-        ("score_factor(a) * a.key_scale(g)", "score_factor(a)"),
-        ("a.value_scale(g) / l[r]", "1.f / l[r]"),
-        ("a.value_scale(g) / sum", "1.f / sum"),
-    ),
-    *of(
-        "bytes.h",
-        "attention_decode",
-        ("half = _mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));", ""),
-        ("_mm256_slli_epi16(_mm256_xor_si256(x, size), 8)", "_mm256_setzero_si256()"),
-    ),
-    *of(
-        "attention_tile.h",
-        "attention",
-        ("top == LOWEST ? -INF : top + __builtin_logf(sum)", "top + __builtin_logf(sum)"),
-        ("lane < least(L, begin)", "lane < 0"),
-        ("int64_t lane = most(0, end)", "int64_t lane = L"),
-        ("slope = select_positive(near, one - small * small, set1(4.f) * e / (sum * sum))", "slope = one"),
-        ("    if (lo < hi) x.from = least(x.from, lo), x.to = most(x.to, hi);", "    if (lo < hi) x.from = lo, x.to = most(x.to, hi);"),
-        ("(j >= x.lo[lane]) & (j < x.hi[lane])", "(j < x.hi[lane])"),
-        ("(j >= x.lo[lane]) & (j < x.hi[lane])", "(j >= x.lo[lane])"),
-        ("  if (j0 >= x.open && j0 + count <= x.whole) return;", "  if (j0 >= x.open) return;"),
-        ("  if (j0 >= x.open && j0 + count <= x.whole) return;", "  if (j0 + count <= x.whole) return;"),
-        ("!a.sinks || a.sinks[h] < LOWEST ?", "!a.sinks || !(a.sinks[h] >= LOWEST) ?"),
-        ("      if (MODE == SHIFT) acc[i][n] =", "      if (false) acc[i][n] ="),
-        ("      if (MODE == ADD) acc[i][n] = load(C + at) + acc[i][n];", ""),
-        ("    if (lo < hi) x.from = least(x.from, lo), x.to = most(x.to, hi);", "    if (lo < hi) x.from = least(x.from, lo), x.to = hi;"),
-    ),
-    *of(
-        "attention_tile.h",
-        "attention_bias",
-        ("return bias < HIDDEN ? -INF : bias;", "return bias;"),
-        ("a.bias.at(x.b, x.g * R + row % R, row / R, j0)", "a.bias.at(x.b, x.g, row / R, j0)"),
-        ("((a.bias.data || a.blocks.data) && sum == 0.f)", "false"),
-    ),
-    *of(
-        "attention_tile.h",
-        "attention_dropout",
-        ("  return (x ^ y ^ (x >> 15)) * 0x846CA68Bu;", "  return (x ^ y) * 0x846CA68Bu;"),
-        ("  w ^= w >> 16;\n", ""),
-        ("(b * a.H + h) * a.S + i)", "b * a.H * a.S + i)"),
-        (">= x.least ? x.kept : 0.f", ">= x.least ? 1.f : 0.f"),
-    ),
-    *of(
-        "attention_bwd.cpp",
-        "attention_bias",
-        ("    if (a.dbias.row && !a.dbias.key) *to += sum(ds, x.count);", "    if (a.dbias.row && !a.dbias.key) *to = sum(ds, x.count);"),
-        ("  if (!a.dbias.row && !a.dbias.key) *to += sum(columns, x.count);", "  if (!a.dbias.row && !a.dbias.key) *to += columns[0];"),
-        ("to[lane * a.dbias.key] += columns[lane];", "to[lane * a.dbias.key] = columns[lane];"),
-        ("if ((a.dbias.batch && bh / a.H != b) ||", "if (bh / a.H != b ||"),
-        ("(a.dbias.head && bh % a.H != h)) continue;", "bh % a.H != h) continue;"),
-        ("        scores_of<T>(a, x, bh % a.H, i, count, s);", "        scores_of<T>(a, x, x.g, i, count, s);"),
-    ),
-    *of(
-        "attention_bwd.cpp",
-        "attention_dropout",
-        ("    if (!a.dropout.none()) drop(ds, a.dropout, words, j, count);", ""),
-        ("    if (!a.dropout.none()) drop_row(s.ds + r * L, a.dropout, row_words(a, x.b, h, i + r), x.first);", ""),
-        ("      drop_row(s.p + r * L, a.dropout, row_words(a, x.b, h, i + r), x.first);", "      drop_row(s.p + r * L, a.dropout, row_words(a, x.b, h, i + r), 0);"),
-    ),
-    *of(
-        "attention_bwd.cpp",
-        "attention",
-        ("drift = stats.excess[lane] * norm - ", "drift = -"),
-        (" - (a.dlse ? a.dlse[flat] : 0.f)", ""),
-        ("      times(p, slopes, count, x.vectors);", ""),
-        ("least(a.S, first + x.count - offset + a.left)", "least(a.S, first - offset + a.left)"),
-        ("      if (!meets(a, x.b, h, i, count, x.first, x.count)) continue;\n      scores_of", "      if (!meets(a, x.b, h, i, 1, x.first, x.count)) continue;\n      scores_of"),
-        ("      if (a.softcap != 0.f) times(s.ds, s.slopes, count, x.vectors);", ""),
-        ("store(dj, prob * ((load(dj) - mean) - drift))", "store(dj, prob * load(dj))"),
-        ("transpose_out(dkt, at<T>(a.dk, x.b, x.g, x.first + lane), lane, D, a.scale, space)", "transpose_out(dkt, at<T>(a.dk, x.b, x.g, x.first + lane), lane, D, 1.f, space)"),
-        ("for (int64_t h = x.g * R; h < (x.g + 1) * R; ++h)", "for (int64_t h = x.g * R; h < x.g * R + 1; ++h)"),
-        ("fma(load(x.excess + at), a, excess) - shift * kept", "excess"),
-    ),
-    *of(
-        "quant_codes.h",
-        "quant_linear",
-        ("bias ? value + scalar_at(bias, dtype, n) : value", "value"),
-        ("scalar_at(w.minima, w.scale_dtype, at) + centre * s", "scalar_at(w.minima, w.scale_dtype, at)"),
-        ("constexpr int L = GROUP / PER_LANE;", "constexpr int L = 16;"),
-    ),
-    *of(
-        "quant_fixed.cpp",
-        "quant_linear",
-        ("MOST = 127 * 65536 + 127 * 256 + 126", "MOST = 128 * 65536"),
-        ("    if (_mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q)) return false;", ""),
-        ("      group_sum = 0.f;\n", ""),
-        ("              if (i > 0) acc = _mm512_slli_epi32(acc, 8);", ""),
-        ("fma(fma(s, centre, load_tail(minima + g, left)), load_tail(sums + g, left), acc)", "fma(load_tail(minima + g, left), load_tail(sums + g, left), acc)"),
-    ),
-    *of(
-        "quant_linear.cpp",
-        "quant_linear",
-        ("finish(out[m][r] + offset[m][r], bias,", "finish(out[m][r], bias,"),
-        ("    if (zero != 0.f) gemv_exact", "    if (false) gemv_exact"),
-        ("    if (n + NR > end) n = end - NR;", ""),
-    ),
-    *of(
-        "quant_gemm.cpp",
-        "quant_linear",
-        ("store(to, load(static_cast<const float*>(to)) + acc[r][v])", "store(to, acc[r][v])"),
-        ("bias ? load(out + c) + load(bias + c) : load(out + c)", "load(out + c)"),
-        ("_mm512_set1_epi32(-(isums[r * s_stride + b] * (1 << shift)))", "_mm512_setzero_si512()"),
-        ("        if constexpr (OFFSET) {", "        if constexpr (false) {"),
-        ("sum = fma(scale[r][i], line[i], sum)", "sum = scale[r][i] * line[i]"),
-        ("unpack_rows(w, n0, nc, k0, columns, panel, NB);\n      micro_rows(int(a.M), a.x + n0,", "unpack_rows(w, n0, nc, k0, columns, panel, NB);\n      micro_rows(int(a.M), a.x,"),
-    ),
-]  # fmt: skip
+    mutant
+    for file, op, *changes in harness.load(ROOT / "tests/mutants_cpp.py").CHANGES
+    for mutant in of(file, op, *changes)
+]
 
 # Mutants that live, and why.
 SURVIVORS = {

@@ -2,47 +2,24 @@
 
 import copy
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from tilewright import _native, _op, ops, reference
+from tilewright.bench import harness
 from tilewright.nn import QuantLinear
-from tilewright.quant_tensor import QuantTensor, pack_int4
-from tilewright.testing import assert_matches_reference
+from tilewright.quant_tensor import Nested, QuantTensor, pack_int4
 
+weights = harness.load(Path(__file__).with_name("quant_weights.py"))
+make, check = weights.make, weights.check
 KINDS = ["symmetric", "zeros", "minima"]
 
 
-def make(N, K, *, bits=4, group=32, kind="minima", scale_dtype=torch.float16, device="cpu"):
-    g = torch.Generator().manual_seed(bits * 1000 + N + K)
-    codes = torch.randint(0, 2**bits, (N, K), generator=g, dtype=torch.uint8)
-    G = K // group
-    scales = (torch.rand(N, G, generator=g) * 0.02 + 0.01).to(scale_dtype)
-    zeros = minima = None
-    if kind == "zeros":
-        zeros = torch.randint(0, 2**bits, (N, G), generator=g).to(scale_dtype)
-    elif kind == "minima":
-        minima = (-scales.float() * 2 ** (bits - 1) * torch.rand(N, G, generator=g)).to(scale_dtype)
-    q = pack_int4(codes) if bits == 4 else codes
-    move = (t if t is None else t.to(device) for t in (q, scales, zeros, minima))
-    return QuantTensor(*move, bits=bits)
-
-
-def check(w: QuantTensor, x: Tensor, dtype: torch.dtype, bias: Tensor | None = None, **kwargs):
-    """Our op against its twin, with the weight's own values in every dtype."""
-
-    def call(fn):
-        return lambda x, b: fn(x, w, b, **kwargs)
-
-    assert_matches_reference(
-        call(ops.quant_linear), call(reference.quant_linear), x, bias, dtype=dtype
-    )
-
-
 # (M, N, K, group): empty, one, decode, a GEMV tail, two tiles and panels, odd sizes, a whole row;
-# panels of the gradient where no vector fits a group, and two of them along N
+# panels of the gradient where no vector fits a group, and two of them along N; groups across panels, a
+# row in two of them, groups of a dword
 SHAPES = [
     (0, 8, 64, 32),
     (1, 1, 32, 32),
@@ -59,6 +36,8 @@ SHAPES = [
     (20, 9, 72, 24),
     (20, 530, 64, 32),
 ]
+if not _native.INTERPRET:  # panels are the CPU kernels'
+    SHAPES += [(17, 34, 1152, 96), (9, 36, 1040, 1040), (32, 18, 520, 8)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -209,23 +188,11 @@ def test_strided_inputs(view, device):
     assert out.is_contiguous()
 
 
-def test_g_idx_runs_on_the_reference(device):
-    w = make(16, 64, kind="zeros", device=device)
-    w = QuantTensor(
-        w.qweight,
-        w.scales,
-        w.zeros,
-        g_idx=torch.randint(0, 2, (64,), dtype=torch.int32, device=device),
-        bits=4,
-    )
-    check(w, torch.randn(3, 64, device=device, requires_grad=True), torch.float32)
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_opcheck(bits, device):
     w = make(16, 64, bits=bits, kind="zeros", device=device)
     op = getattr(torch.ops.tilewright, f"linear_int{bits}").default
-    args = (w.qweight, w.scales, w.zeros, None)
+    args = (w.qweight, w.scales, w.zeros, None, None)
     for x in (torch.randn(3, 64, device=device), torch.randn(64, 12, device=device).t()):
         torch.library.opcheck(op, (x, *args, None, "float"))
         torch.library.opcheck(op, (x, *args, torch.randn(16, device=device), "int8"))
@@ -317,7 +284,16 @@ def test_bad_input(change, message, device):
         dict(scales=torch.ones(16, 2, dtype=torch.int32)),
         dict(zeros=torch.ones(16, 1)),
         dict(zeros=torch.ones(16, 2), minima=torch.ones(16, 2)),
-        dict(g_idx=torch.zeros(64)),
+        dict(order=torch.zeros(64)),
+        dict(order=torch.zeros(63, dtype=torch.int32)),
+        dict(codebook=torch.zeros(15)),
+        dict(codebook=torch.zeros(16), zeros=torch.ones(16, 2)),
+        dict(nested=Nested(torch.zeros(256), torch.zeros(1), torch.tensor(0.0))),
+        dict(
+            scales=torch.ones(16, 2, dtype=torch.uint8),
+            nested=Nested(torch.zeros(256), torch.zeros(2), torch.tensor(0.0)),
+        ),
+        dict(scales=torch.ones(16, 2, dtype=torch.uint8)),
     ],
     ids=lambda c: ",".join(c),
 )

@@ -15,7 +15,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.triton
 DEVICE = "cpu" if INTERPRET else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KINDS = ["symmetric", "zeros", "minima"]
+KINDS = ["symmetric", "zeros", "minima", "codebook"]
 # (M, N, K, G): one row and eight (GEMV), then the tiled kernel; groups that fill a tile, that are
 # several tiles, that are no multiple of 32, and that are the row; odd N; several steps of each walk
 SHAPES = [
@@ -43,17 +43,18 @@ def weight(N: int, K: int, G: int, bits: int, kind: str, scale_dtype=torch.float
     minima = torch.randn(N, G) if kind == "minima" else None
     parts = [None if t is None else t.to(scale_dtype).to(DEVICE) for t in (scales, zeros, minima)]
     q = pack_int4(codes) if bits == 4 else codes
-    return QuantTensor(q.to(DEVICE), *parts, bits=bits)
+    book = torch.randn(2**bits, device=DEVICE) if kind == "codebook" else None
+    return QuantTensor(q.to(DEVICE), *parts, codebook=book, bits=bits)
 
 
 def launch(x: Tensor, w: QuantTensor, bias: Tensor | None = None, activations="float") -> Tensor:
     f = getattr(kernels(), f"linear_int{w.bits}")
-    return f(x, w.qweight, w.scales, w.zeros, w.minima, bias, activations)
+    return f(x, w.qweight, w.scales, w.zeros, w.minima, w.codebook, bias, activations)
 
 
 def launch_dgrad(dy: Tensor, w: QuantTensor) -> Tensor:
     f = getattr(kernels(), f"linear_int{w.bits}_dgrad")
-    return f(dy, w.qweight, w.scales, w.zeros, w.minima)
+    return f(dy, w.qweight, w.scales, w.zeros, w.minima, w.codebook)
 
 
 def expected(x: Tensor, w: QuantTensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

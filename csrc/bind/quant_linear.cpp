@@ -3,6 +3,8 @@
 
 #include <ATen/autocast_mode.h>
 
+#include <atomic>
+
 #include "direct.h"
 
 namespace tilewright {
@@ -13,17 +15,21 @@ using OptTensor = std::optional<Tensor>;
 
 struct Held {  // the weight, and the contiguous tensors its pointers look into
   cpu::QuantWeight view;
-  Tensor codes, scales, zeros, minima;
+  Tensor codes, scales, zeros, minima, codebook;
 };
 
 Held hold(const char* op, int bits, const Tensor& qweight, const Tensor& scales,
-          const OptTensor& zeros, const OptTensor& minima) {
+          const OptTensor& zeros, const OptTensor& minima, const OptTensor& codebook) {
   TORCH_CHECK_VALUE(qweight.dim() == 2 && qweight.scalar_type() == at::kByte, op,
                     ": qweight must be 2-D uint8, not ", qweight.scalar_type(), " ",
                     qweight.sizes());
   TORCH_CHECK_VALUE(scales.dim() == 2 && scales.size(0) == qweight.size(0), op, ": scales ",
                     scales.sizes(), " do not fit qweight ", qweight.sizes());
-  TORCH_CHECK_VALUE(!(zeros && minima), op, ": give zeros or minima, not both");
+  TORCH_CHECK_VALUE(int(zeros.has_value()) + int(minima.has_value()) + int(codebook.has_value()) <= 1,
+                    op, ": give one of zeros, minima and codebook");
+  TORCH_CHECK_VALUE(!codebook || (bits == 4 && codebook->scalar_type() == at::kFloat &&
+                                  codebook->dim() == 1 && codebook->size(0) == 16),
+                    op, ": codebook must be float32 [16], of 4 bits");
   Held w;
   w.codes = qweight.contiguous();
   w.scales = scales.contiguous();
@@ -38,10 +44,12 @@ Held hold(const char* op, int bits, const Tensor& qweight, const Tensor& scales,
   }
   if (zeros) w.zeros = zeros->contiguous();
   if (minima) w.minima = minima->contiguous();
+  if (codebook) w.codebook = codebook->contiguous();
   w.view = {w.codes.const_data_ptr<uint8_t>(),
             w.scales.const_data_ptr(),
             zeros ? w.zeros.const_data_ptr() : nullptr,
             minima ? w.minima.const_data_ptr() : nullptr,
+            codebook ? w.codebook.const_data_ptr<float>() : nullptr,
             dtype_of(scales, op, "scales"),
             bits,
             N,
@@ -80,10 +88,22 @@ template <class F> void over_columns(int64_t count, int64_t work, int64_t multip
   at::parallel_for(0, count, grain, body);
 }
 
+// Whether rows of n bfloat16 are such as the path in bfloat16 takes; sums of their groups, where asked for.
+bool prepared_bf16(const void* x, int64_t M, int64_t n, int64_t group, float* sums) {
+  const auto prepare = TW_PICK(quant_prepare_bf16);
+  std::atomic<bool> fit{true};
+  at::parallel_for(0, M, M * n < SERIAL ? M : 8, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
+      if (!prepare(static_cast<const char*>(x) + m * n * 2, n, group, sums ? sums + m * (n / group) : nullptr))
+        fit = false;
+  });
+  return fit;
+}
+
 Tensor linear(const char* op, int bits, const Tensor& x_in, const Tensor& qweight,
               const Tensor& scales, const OptTensor& zeros, const OptTensor& minima,
-              const OptTensor& bias_in, c10::string_view activations) {
-  const Held held = hold(op, bits, qweight, scales, zeros, minima);
+              const OptTensor& codebook, const OptTensor& bias_in, c10::string_view activations) {
+  const Held held = hold(op, bits, qweight, scales, zeros, minima, codebook);
   const cpu::QuantWeight& w = held.view;
   TORCH_CHECK_VALUE(x_in.dim() >= 1 && x_in.size(-1) == w.K, op, ": x ", x_in.sizes(),
                     " does not fit a weight of ", w.K, " columns");
@@ -119,7 +139,8 @@ Tensor linear(const char* op, int bits, const Tensor& x_in, const Tensor& qweigh
       for (int64_t m = begin; m < end; ++m) body(m);
     });
   };
-  const int slices = integer ? 1 : 3;
+  // of 16-bit floats two bytes hold more than the weight's rounding to their dtype would leave
+  const int slices = integer ? 1 : dtype == cpu::DType::F32 ? 3 : 2;
   // float activations in fixed point: as good as float32 once enough rounding errors average out
   const bool averages = w.K >= 256 && w.N >= 32;
   bool fixed = gemv && TW_PICK(quant_has_int8)(w) && (integer || averages);
@@ -133,7 +154,15 @@ Tensor linear(const char* op, int bits, const Tensor& x_in, const Tensor& qweigh
       fixed = prepare(w, x_ptr + m * x_bytes, dtype, slices, l + m * row, s + m * w.G);
     a.fixed = l, a.sums = s;
   }
-  if (fixed) {
+  bool half = !gemv && !integer && dtype == cpu::DType::BF16 && TW_PICK(quant_has_bf16)(w);
+  if (half) {
+    const bool offsets = zeros || minima;
+    if (offsets) sums = at::empty({M, w.G}, x.options().dtype(at::kFloat));
+    float* s = offsets ? sums.mutable_data_ptr<float>() : nullptr;
+    half = prepared_bf16(x_ptr, M, w.K, w.K / w.G, s);
+    a.half = x_ptr, a.sums = s;
+  }
+  if (fixed || half) {
     // prepared above
   } else if (vnni && !gemv) {
     codes = at::empty({M, pad}, x.options().dtype(at::kChar));
@@ -183,7 +212,8 @@ Tensor linear(const char* op, int bits, const Tensor& x_in, const Tensor& qweigh
       run(w, a, bias_ptr, out, w.N, dtype, begin, end);
     });
   } else {
-    const auto run = vnni ? TW_PICK(quant_gemm_int8) : TW_PICK(quant_gemm);
+    const auto run = half ? TW_PICK(quant_gemm_bf16)
+                     : vnni ? TW_PICK(quant_gemm_int8) : TW_PICK(quant_gemm);
     const int64_t block = TW_PICK(quant_block)(), room = TW_PICK(quant_scratch)(M);
     over_columns((w.N + block - 1) / block, M * w.N * w.K, 1, [&](int64_t begin, int64_t end) {
       Tensor scratch = at::empty({room}, at::TensorOptions().dtype(at::kFloat));
@@ -194,8 +224,9 @@ Tensor linear(const char* op, int bits, const Tensor& x_in, const Tensor& qweigh
 }
 
 Tensor dgrad(const char* op, int bits, const Tensor& dy_in, const Tensor& qweight,
-             const Tensor& scales, const OptTensor& zeros, const OptTensor& minima) {
-  const Held held = hold(op, bits, qweight, scales, zeros, minima);
+             const Tensor& scales, const OptTensor& zeros, const OptTensor& minima,
+             const OptTensor& codebook) {
+  const Held held = hold(op, bits, qweight, scales, zeros, minima, codebook);
   const cpu::QuantWeight& w = held.view;
   TORCH_CHECK_VALUE(dy_in.dim() >= 1 && dy_in.size(-1) == w.N, op, ": dy ", dy_in.sizes(),
                     " does not fit a weight of ", w.N, " rows");
@@ -204,12 +235,19 @@ Tensor dgrad(const char* op, int bits, const Tensor& dy_in, const Tensor& qweigh
   Tensor dx = with_columns(dy_in, w.K);
   if (M == 0 || w.K == 0) return dx;
   if (w.N == 0) return dx.zero_();
-  const Tensor dy = as_float(dy_in);
   cpu::QuantActivations a{};
-  a.x = dy.const_data_ptr<float>();
   a.x_stride = w.N;
   a.M = M;
-  const auto run = TW_PICK(quant_dgrad);
+  Tensor dy = dy_in.contiguous();
+  const bool half = dtype == cpu::DType::BF16 && M > cpu::HALF_ROWS && w.N % 2 == 0 &&
+                    TW_PICK(quant_has_bf16)(w) && prepared_bf16(dy.const_data_ptr(), M, w.N, w.N, nullptr);
+  if (half) {
+    a.half = dy.const_data_ptr();
+  } else {
+    dy = as_float(dy);
+    a.x = dy.const_data_ptr<float>();
+  }
+  const auto run = half ? TW_PICK(quant_dgrad_bf16) : TW_PICK(quant_dgrad);
   const int64_t block = TW_PICK(quant_block)(), room = TW_PICK(quant_scratch)(M);
   void* out = dx.mutable_data_ptr();
   over_columns((w.K + block - 1) / block, M * w.N * w.K, 1, [&](int64_t begin, int64_t end) {
@@ -220,20 +258,22 @@ Tensor dgrad(const char* op, int bits, const Tensor& dy_in, const Tensor& qweigh
 }
 
 Tensor linear_int4(const Tensor& x, const Tensor& q, const Tensor& s, const OptTensor& z,
-                   const OptTensor& m, const OptTensor& b, c10::string_view activations) {
-  return linear("linear_int4", 4, x, q, s, z, m, b, activations);
+                   const OptTensor& m, const OptTensor& c, const OptTensor& b,
+                   c10::string_view activations) {
+  return linear("linear_int4", 4, x, q, s, z, m, c, b, activations);
 }
 Tensor linear_int8(const Tensor& x, const Tensor& q, const Tensor& s, const OptTensor& z,
-                   const OptTensor& m, const OptTensor& b, c10::string_view activations) {
-  return linear("linear_int8", 8, x, q, s, z, m, b, activations);
+                   const OptTensor& m, const OptTensor& c, const OptTensor& b,
+                   c10::string_view activations) {
+  return linear("linear_int8", 8, x, q, s, z, m, c, b, activations);
 }
 Tensor linear_int4_dgrad(const Tensor& dy, const Tensor& q, const Tensor& s, const OptTensor& z,
-                         const OptTensor& m) {
-  return dgrad("linear_int4_dgrad", 4, dy, q, s, z, m);
+                         const OptTensor& m, const OptTensor& c) {
+  return dgrad("linear_int4_dgrad", 4, dy, q, s, z, m, c);
 }
 Tensor linear_int8_dgrad(const Tensor& dy, const Tensor& q, const Tensor& s, const OptTensor& z,
-                         const OptTensor& m) {
-  return dgrad("linear_int8_dgrad", 8, dy, q, s, z, m);
+                         const OptTensor& m, const OptTensor& c) {
+  return dgrad("linear_int8_dgrad", 8, dy, q, s, z, m, c);
 }
 
 using Linear = decltype(linear_int4);
@@ -258,7 +298,7 @@ struct QuantLinear : torch::autograd::Function<QuantLinear> {
         {qweight, scales, zeros.value_or(Tensor()), minima.value_or(Tensor())});
     ctx->saved_data["bits"] = bits;
     at::AutoDispatchBelowADInplaceOrView below;
-    return linear_operator(bits).call(x, qweight, scales, zeros, minima, bias, activations);
+    return linear_operator(bits).call(x, qweight, scales, zeros, minima, std::nullopt, bias, activations);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
     return once_differentiable(dys, [&]() -> variable_list {
@@ -268,7 +308,7 @@ struct QuantLinear : torch::autograd::Function<QuantLinear> {
       if (ctx->needs_input_grad(0))
         grads[0] = dgrad_operator(ctx->saved_data["bits"].toInt())
                        .call(dy, saved[0], saved[1], defined_or_none(saved[2]),
-                             defined_or_none(saved[3]));
+                             defined_or_none(saved[3]), std::nullopt);
       if (ctx->needs_input_grad(1)) grads[1] = dy.reshape({-1, dy.size(-1)}).sum(0);
       return grads;
     });
@@ -299,7 +339,7 @@ std::optional<Tensor> direct(pybind11::handle x_object, pybind11::handle bias_ob
   if (records(*x, b))
     return QuantLinear::apply(*x, b, *qweight, *scales, z, m, bits, activations);
   at::AutoDispatchBelowADInplaceOrView below;
-  return linear_operator(bits).call(*x, *qweight, *scales, z, m, b, activations);
+  return linear_operator(bits).call(*x, *qweight, *scales, z, m, std::nullopt, b, activations);
 }
 
 const Entry entry([](pybind11::module_& m) { m.def("quant_linear", &direct); });

@@ -34,11 +34,11 @@ template <class T> TW_INLINE void to_floats(const T* from, float* to, int64_t n)
   TW_FOR_DTYPE(dtype, T, to_floats(static_cast<const T*>(from) + start, to, n))
 }
 
-// Scale and centred offset (0 where there is none) of group g of row n.
-[[maybe_unused]] void group_scale(const QuantWeight& w, int64_t n, int64_t g, float* scale,
+// Scale and offset (0 where there is none) of group g of row n, of codes less `centre`.
+[[maybe_unused]] void group_scale(const QuantWeight& w, int64_t n, int64_t g, float centre, float* scale,
                                   float* offset) {
   const int64_t at = n * w.G + g;
-  const float centre = float(1 << (w.bits - 1)), s = scalar_at(w.scales, w.scale_dtype, at);
+  const float s = scalar_at(w.scales, w.scale_dtype, at);
   *scale = s;
   *offset = w.minima  ? scalar_at(w.minima, w.scale_dtype, at) + centre * s
             : w.zeros ? s * (centre - scalar_at(w.zeros, w.scale_dtype, at))
@@ -47,14 +47,14 @@ template <class T> TW_INLINE void to_floats(const T* from, float* to, int64_t n)
 
 // The same of groups [g0, g0 + count); the arrays have room for a vector past their end.
 template <class S>
-TW_INLINE void row_scales(const QuantWeight& w, int64_t n, int64_t g0, int64_t count,
+TW_INLINE void row_scales(const QuantWeight& w, int64_t n, int64_t g0, int64_t count, float middle,
                           float* __restrict__ scale, float* __restrict__ offset) {
   const int64_t at = n * w.G + g0;
   const S* scales = static_cast<const S*>(w.scales) + at;
   const S* extra = w.minima  ? static_cast<const S*>(w.minima) + at
                    : w.zeros ? static_cast<const S*>(w.zeros) + at
                              : nullptr;
-  const Vec centre = set1(float(1 << (w.bits - 1)));
+  const Vec centre = set1(middle);
   for (int64_t g = 0; g < count; g += W) {
     const int left = int(count - g);
     const Vec s = left >= W ? load(scales + g) : load_tail(scales + g, left);
@@ -80,14 +80,16 @@ TW_INLINE void finish(float value, const void* bias, void* y, DType dtype, int64
 TW_INLINE __m512 unpack4(__m512i codes, int step, __m512 table) {
   return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, unsigned(4 * step)), table);
 }
-TW_INLINE __m512 table4() {
-  return _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+// What each 4-bit code stands for before its scale.
+TW_INLINE __m512 code_table(const float* codebook) {
+  return codebook ? _mm512_loadu_ps(codebook)
+                  : _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
 }
 // 8 bits: lane l of step i holds k = 4 l + i of the 64 loaded as dwords.
-TW_INLINE __m512 unpack8(__m512i codes, int step) {
+TW_INLINE __m512 unpack8(__m512i codes, int step, __m512i centre) {
   const __m512i byte =
       _mm512_and_si512(_mm512_srli_epi32(codes, unsigned(8 * step)), _mm512_set1_epi32(255));
-  return _mm512_cvtepi32_ps(_mm512_sub_epi32(byte, _mm512_set1_epi32(128)));
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(byte, centre));
 }
 // The group scale of each lane.  GROUP is 32, 64, or 128 for any larger multiple of 128;
 // PER_LANE consecutive k share a lane (8 for 4 bits, 4 for 8 bits in integers).
@@ -108,12 +110,22 @@ TW_INLINE __m512 lane_scales(const float* scale, int64_t chunk, int64_t group) {
 
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Of a code book in two halves; bit 3 of a code says which.
+TW_INLINE __m256 looked_up(__m256i code, __m256 low, __m256 high) {
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code),
+                          _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+}
+#endif
+
 // Weights of one group, W consecutive k at a time.
 template <int BITS> struct GroupWeights {
 #if defined(__AVX512F__)
   Vec scale, offset;  // 4 bits: `scale` holds the weight of each of the sixteen codes
-  TW_INLINE GroupWeights(float s, float o) : scale(set1(s)), offset(set1(o)) {
-    if constexpr (BITS == 4) scale = fma(scale, Vec{table4()}, offset);
+  __m512i centre;
+  TW_INLINE GroupWeights(float s, float o, int c, const float* codebook)
+      : scale(set1(s)), offset(set1(o)), centre(_mm512_set1_epi32(c)) {
+    if constexpr (BITS == 4) scale = fma(scale, Vec{code_table(codebook)}, offset);
   }
   TW_INLINE Vec at(const uint8_t* p) const {
     if constexpr (BITS == 4) {
@@ -128,12 +140,18 @@ template <int BITS> struct GroupWeights {
     } else {
       const __m512i byte =
           _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-      return fma(scale, {_mm512_cvtepi32_ps(_mm512_sub_epi32(byte, _mm512_set1_epi32(128)))}, offset);
+      return fma(scale, {_mm512_cvtepi32_ps(_mm512_sub_epi32(byte, centre))}, offset);
     }
   }
 #elif defined(__AVX2__)
   Vec scale, offset;
-  TW_INLINE GroupWeights(float s, float o) : scale(set1(s)), offset(set1(o)) {}
+  __m256i centre;
+  __m256 low, high;  // the code book's halves
+  bool book;
+  TW_INLINE GroupWeights(float s, float o, int c, const float* codebook)
+      : scale(set1(s)), offset(set1(o)), centre(_mm256_set1_epi32(c)), book(codebook != nullptr) {
+    if (book) low = _mm256_loadu_ps(codebook), high = _mm256_loadu_ps(codebook + 8);
+  }
   TW_INLINE Vec at(const uint8_t* p) const {
     __m256i code;
     if constexpr (BITS == 4) {
@@ -142,29 +160,29 @@ template <int BITS> struct GroupWeights {
       const __m256i shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
       code = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(four), shift),
                               _mm256_set1_epi32(15));
+      if (book) return scale * Vec{looked_up(code, low, high)};
     } else {
       code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     }
-    code = _mm256_sub_epi32(code, _mm256_set1_epi32(1 << (BITS - 1)));
-    return fma(scale, {_mm256_cvtepi32_ps(code)}, offset);
+    return fma(scale, {_mm256_cvtepi32_ps(_mm256_sub_epi32(code, centre))}, offset);
   }
 #endif
 };
 
 // `count` columns of one group from column k on, of the row whose codes are `row`.
 template <int BITS>
-TW_INLINE void unpack_group(const uint8_t* row, int64_t k, int64_t count, float scale, float offset,
-                            float* out) {
+TW_INLINE void unpack_group(const uint8_t* row, int64_t k, int64_t count, int centre, const float* codebook,
+                            float scale, float offset, float* out) {
   int64_t c = 0;
 #if defined(__AVX2__)
-  const GroupWeights<BITS> weights(scale, offset);
+  const GroupWeights<BITS> weights(scale, offset, centre, codebook);
   const uint8_t* p = row + uint64_t(k) * BITS / 8;
   for (; c + W <= count; c += W, p += W * BITS / 8) store(out + c, weights.at(p));
 #endif
   for (; c < count; ++c) {
     const uint64_t at = uint64_t(k + c);
     const int code = BITS == 8 ? row[at] : (at & 1) ? row[at / 2] >> 4 : row[at / 2] & 15;
-    out[c] = scale * float(code - (1 << (BITS - 1))) + offset;
+    out[c] = scale * (codebook ? codebook[code] : float(code - centre)) + offset;
   }
 }
 
@@ -179,21 +197,22 @@ void unpack_rows(const QuantWeight& w, int64_t n, int64_t rows, int64_t k0, int6
   const int64_t group = w.K / w.G, g0 = k0 / group, groups = (k0 + count - 1) / group - g0 + 1;
   const uint8_t* row = w.codes + uint64_t(n * w.K) * BITS / 8;
   float scale[UNPACKED + W], offset[UNPACKED + W];
+  const int centre = w.centre();
   // 32 at a time, known when compiled, where tile and group allow it
   const bool blocks = group == 32 && k0 % 32 == 0 && count % 32 == 0;
   for (; rows > 0; --rows, ++n, out += stride, row += uint64_t(w.K) * BITS / 8) {
     if (rows > AHEAD) {  // narrow tiles of a wide weight: too far apart for the CPU to foresee
       __builtin_prefetch(row + AHEAD * (uint64_t(w.K) * BITS / 8) + uint64_t(k0) * BITS / 8);
     }
-    row_scales<S>(w, n, g0, groups, scale, offset);
+    row_scales<S>(w, n, g0, groups, float(centre), scale, offset);
     if (blocks) {
       for (int64_t g = 0; g < groups; ++g)
-        unpack_group<BITS>(row, k0 + g * 32, 32, scale[g], offset[g], out + g * 32);
+        unpack_group<BITS>(row, k0 + g * 32, 32, centre, w.codebook, scale[g], offset[g], out + g * 32);
       continue;
     }
     for (int64_t g = 0, c = 0; g < groups; ++g) {
       const int64_t end = (g0 + g + 1) * group - k0, stop = end < count ? end : count;
-      unpack_group<BITS>(row, k0 + c, stop - c, scale[g], offset[g], out + c);
+      unpack_group<BITS>(row, k0 + c, stop - c, centre, w.codebook, scale[g], offset[g], out + c);
       c = stop;
     }
   }

@@ -13,11 +13,13 @@ template <int BITS, int SLICES> struct FixedChunk {
   // 8-bit codes times 24-bit numbers overflow int32: their last slice has an accumulator of its own
   static constexpr bool SPLIT = BITS == 8 && SLICES == 3;
   int8_t slice[SLICES][SPAN];
-  int32_t start[SPLIT ? 2 : 1][16];  // -2^(bits-1) * sum of the lane's numbers: centres the codes
+  int32_t start[SPLIT ? 2 : 1][16];  // -centre * sum of the lane's numbers: centres the codes
   float scale[16];                   // of the block of 32 each lane lies in
 };
 
-constexpr float MOST = 127 * 65536 + 127 * 256 + 126;  // one less: x * inverse is rounded
+// The largest number of so many slices, less one since x * inverse is rounded.  The first slice is at most
+// 127, and the carries of those below it round up to it.
+template <int SLICES> constexpr float MOST = SLICES == 3 ? 127 * 65536 + 127 * 256 + 126 : 127 * 256 + 126;
 
 // 32 numbers of x as two vectors; 4 bits: the even k, the odd k.
 template <int BITS, class T>
@@ -32,21 +34,19 @@ TW_INLINE void load32(const T* x, __m512& low, __m512& high) {
   }
 }
 
-// -2^(bits-1) times the sums of PER_LANE consecutive k, 32 / PER_LANE of them.
 TW_INLINE __m512i add_fours(__m512i v) {  // lane 4 i: the sum of lanes 4 i .. 4 i + 3
   v = _mm512_add_epi32(v, _mm512_shuffle_epi32(v, _MM_PERM_CDAB));
   return _mm512_add_epi32(v, _mm512_shuffle_epi32(v, _MM_PERM_BADC));
 }
-template <int BITS> TW_INLINE void lane_sums(__m512i low, __m512i high, int32_t* out) {
-  const __m512i zero = _mm512_setzero_si512();
+// -centre times the sums of PER_LANE consecutive k, 32 / PER_LANE of them.
+template <int BITS> TW_INLINE void lane_sums(__m512i low, __m512i high, int centre, int32_t* out) {
+  const __m512i factor = _mm512_set1_epi32(-centre);
   if constexpr (BITS == 4) {  // a lane's eight k: four even ones in low, four odd ones in high
-    const __m512i sums = _mm512_slli_epi32(add_fours(_mm512_add_epi32(low, high)), 3);
-    _mm512_mask_compressstoreu_epi32(out, 0x1111, _mm512_sub_epi32(zero, sums));
+    const __m512i sums = add_fours(_mm512_add_epi32(low, high));
+    _mm512_mask_compressstoreu_epi32(out, 0x1111, _mm512_mullo_epi32(factor, sums));
   } else {
-    const __m512i first = _mm512_slli_epi32(add_fours(low), 7);
-    const __m512i second = _mm512_slli_epi32(add_fours(high), 7);
-    _mm512_mask_compressstoreu_epi32(out, 0x1111, _mm512_sub_epi32(zero, first));
-    _mm512_mask_compressstoreu_epi32(out + 4, 0x1111, _mm512_sub_epi32(zero, second));
+    _mm512_mask_compressstoreu_epi32(out, 0x1111, _mm512_mullo_epi32(factor, add_fours(low)));
+    _mm512_mask_compressstoreu_epi32(out + 4, 0x1111, _mm512_mullo_epi32(factor, add_fours(high)));
   }
 }
 
@@ -56,6 +56,7 @@ bool prepare_fixed(const QuantWeight& w, const T* x, uint8_t* fixed, float* sums
   constexpr int BLOCKS = Chunk::SPAN / 32, LANES = 32 / Chunk::PER_LANE;
   Chunk* chunks = reinterpret_cast<Chunk*>(fixed);
   const int64_t blocks = w.K / 32, group_blocks = blocks / w.G;
+  const int centre = w.centre();
   float group_sum = 0.f;
   for (int64_t b = 0; b < blocks; ++b) {
     Chunk& chunk = chunks[b / BLOCKS];
@@ -71,10 +72,9 @@ bool prepare_fixed(const QuantWeight& w, const T* x, uint8_t* fixed, float* sums
       scale = largest / 127.f;
       inverse = scale > 0 ? 1.f / scale : 0.f;
     } else {
-      // The first slice is at most 127, and the carries of the two below it round up to it:
-      // 127 * 2^16 + 127 * 2^8 + 127 is the largest number there is.  An inverse of 12 significant
-      // bits makes 1 / (1 / inverse) as good as exact: no error common to the block.
-      const float exact = largest > 0 ? MOST / largest : 0.f;
+      // an inverse of 12 significant bits makes 1 / (1 / inverse) as good as exact: no error common to
+      // the block
+      const float exact = largest > 0 ? MOST<SLICES> / largest : 0.f;
       inverse = float_of(bits_of(exact) & 0xfffff000u);
       scale = largest > 0 ? 1.f / inverse : 0.f;
     }
@@ -85,10 +85,10 @@ bool prepare_fixed(const QuantWeight& w, const T* x, uint8_t* fixed, float* sums
       const __m512i top = _mm512_set1_epi32(127), bottom = _mm512_set1_epi32(-127);
       lo = _mm512_max_epi32(_mm512_min_epi32(lo, top), bottom);
       hi = _mm512_max_epi32(_mm512_min_epi32(hi, top), bottom);
-      lane_sums<BITS>(lo, hi, chunk.start[0] + at * LANES);
+      lane_sums<BITS>(lo, hi, centre, chunk.start[0] + at * LANES);
       group_sum += scale * float(_mm512_reduce_add_epi32(_mm512_add_epi32(lo, hi)));
     } else {
-      if constexpr (!Chunk::SPLIT) lane_sums<BITS>(lo, hi, chunk.start[0] + at * LANES);
+      if constexpr (!Chunk::SPLIT) lane_sums<BITS>(lo, hi, centre, chunk.start[0] + at * LANES);
       group_sum += _mm512_reduce_add_ps(_mm512_add_ps(low, high));
     }
     const __m512i half = _mm512_set1_epi32(128);
@@ -103,9 +103,9 @@ bool prepare_fixed(const QuantWeight& w, const T* x, uint8_t* fixed, float* sums
       const __m512i hi_next = _mm512_srai_epi32(_mm512_add_epi32(hi, half), 8);
       if (Chunk::SPLIT && i == SLICES - 1) {
         lane_sums<BITS>(_mm512_sub_epi32(lo, _mm512_slli_epi32(lo_next, 8)),
-                        _mm512_sub_epi32(hi, _mm512_slli_epi32(hi_next, 8)),
+                        _mm512_sub_epi32(hi, _mm512_slli_epi32(hi_next, 8)), centre,
                         chunk.start[Chunk::SPLIT] + at * LANES);
-        lane_sums<BITS>(lo_next, hi_next, chunk.start[0] + at * LANES);
+        lane_sums<BITS>(lo_next, hi_next, centre, chunk.start[0] + at * LANES);
       }
       lo = lo_next, hi = hi_next;
     }
@@ -144,7 +144,7 @@ TW_INLINE __m512 offset_terms(const QuantWeight& w, int64_t n, const float* sums
   const S* from = static_cast<const S*>(w.scales) + n * w.G;
   const S* minima = w.minima ? static_cast<const S*>(w.minima) + n * w.G : nullptr;
   const S* zeros = w.zeros ? static_cast<const S*>(w.zeros) + n * w.G : nullptr;
-  const Vec centre = set1(float(1 << (w.bits - 1)));
+  const Vec centre = set1(float(w.centre()));
   Vec acc = set1(0.f);
   for (int64_t g = 0; g < w.G; g += 16) {
     const int left = int(w.G - g < 16 ? w.G - g : 16);
@@ -180,26 +180,27 @@ void gemv_fixed(const QuantWeight& w, const QuantActivations& a, const void* bia
         const int64_t left = row - c * 64;
         const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
         const __m512 x_scale = _mm512_loadu_ps(x[c].scale);
+#pragma GCC unroll 4
         for (int r = 0; r < NR; ++r) {
           const uint8_t* p = w.codes + at[r] * row + c * 64;
-          _mm_prefetch(reinterpret_cast<const char*>(p + 2 * NR * row), _MM_HINT_T0);
+          // into L2 and in the order of memory, two steps ahead: as fast as this machine reads
+          _mm_prefetch(reinterpret_cast<const char*>(w.codes + (n + 2 * NR) * row + (c * NR + r) * 64), _MM_HINT_T1);
           const __m512i codes = _mm512_maskz_loadu_epi8(mask, p);
           __m512 sum;
-          if constexpr (BITS == 4) {
-            const __m512i low = _mm512_and_si512(codes, nibble);
-            const __m512i high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
+          if constexpr (!Chunk::SPLIT) {
+            const __m512i low = BITS == 4 ? _mm512_and_si512(codes, nibble) : codes;
             __m512i acc = _mm512_setzero_si512();
             for (int i = 0; i < SLICES; ++i) {
               // the start belongs to the finished sum: it joins at the last slice
               if (i > 0) acc = _mm512_slli_epi32(acc, 8);
               if (i == SLICES - 1) acc = _mm512_add_epi32(acc, _mm512_loadu_si512(x[c].start[0]));
               acc = _mm512_dpbusd_epi32(acc, low, _mm512_loadu_si512(x[c].slice[i]));
-              acc = _mm512_dpbusd_epi32(acc, high, _mm512_loadu_si512(x[c].slice[i] + 64));
+              if constexpr (BITS == 4) {
+                const __m512i high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
+                acc = _mm512_dpbusd_epi32(acc, high, _mm512_loadu_si512(x[c].slice[i] + 64));
+              }
             }
             sum = _mm512_cvtepi32_ps(acc);
-          } else if constexpr (SLICES == 1) {
-            sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_loadu_si512(x[c].start[0]), codes,
-                                                         _mm512_loadu_si512(x[c].slice[0])));
           } else {
             __m512i acc = _mm512_slli_epi32(
                 _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_loadu_si512(x[c].slice[0])), 8);
@@ -242,15 +243,27 @@ template <int BITS, int SLICES> GemvFixed gemv_fixed_for(const QuantWeight& w) {
 }  // namespace
 #endif
 
+// body with BITS and SLICES of a weight and a number of slices.
+#define TW_FOR_SLICES(bits, slices, ...)                                                               \
+  {                                                                                                    \
+    const auto with_slices = [&]<int BITS>() {                                                         \
+      if (slices == 1) { constexpr int SLICES = 1; __VA_ARGS__; }                                      \
+      else if (slices == 2) { constexpr int SLICES = 2; __VA_ARGS__; }                                 \
+      else { constexpr int SLICES = 3; __VA_ARGS__; }                                                  \
+    };                                                                                                 \
+    if (bits == 4) with_slices.template operator()<4>();                                               \
+    else with_slices.template operator()<8>();                                                         \
+  }
+
 int64_t quant_fixed_bytes(const QuantWeight& w, int slices) {
+  int64_t bytes = 0;
 #if defined(__AVX512VNNI__)
-  const int64_t span = w.bits == 4 ? 128 : 64;
-  const int64_t chunk = w.bits == 4 ? (slices == 1 ? sizeof(FixedChunk<4, 1>) : sizeof(FixedChunk<4, 3>))
-                                    : (slices == 1 ? sizeof(FixedChunk<8, 1>) : sizeof(FixedChunk<8, 3>));
-  return (w.K + span - 1) / span * chunk;
-#else
-  return 0;
+  TW_FOR_SLICES(w.bits, slices, {
+    using Chunk = FixedChunk<BITS, SLICES>;
+    bytes = (w.K + Chunk::SPAN - 1) / Chunk::SPAN * int64_t(sizeof(Chunk));
+  })
 #endif
+  return bytes;
 }
 
 bool quant_prepare_fixed(const QuantWeight& w, const void* x, DType dtype, int slices,
@@ -259,12 +272,7 @@ bool quant_prepare_fixed(const QuantWeight& w, const void* x, DType dtype, int s
   bool fits = false;
   TW_FOR_DTYPE(dtype, T, {
     const T* row = static_cast<const T*>(x);
-    if (w.bits == 4)
-      fits = slices == 1 ? prepare_fixed<4, 1>(w, row, fixed, sums)
-                         : prepare_fixed<4, 3>(w, row, fixed, sums);
-    else
-      fits = slices == 1 ? prepare_fixed<8, 1>(w, row, fixed, sums)
-                         : prepare_fixed<8, 3>(w, row, fixed, sums);
+    TW_FOR_SLICES(w.bits, slices, fits = prepare_fixed<BITS, SLICES>(w, row, fixed, sums))
   })
   return fits;
 #else
@@ -275,8 +283,8 @@ bool quant_prepare_fixed(const QuantWeight& w, const void* x, DType dtype, int s
 void quant_gemv_fixed(const QuantWeight& w, const QuantActivations& a, int slices, const void* bias,
                       void* y, int64_t y_stride, DType dtype, int64_t begin, int64_t end) {
 #if defined(__AVX512VNNI__)
-  const GemvFixed run = w.bits == 4 ? (slices == 1 ? gemv_fixed_for<4, 1>(w) : gemv_fixed_for<4, 3>(w))
-                                    : (slices == 1 ? gemv_fixed_for<8, 1>(w) : gemv_fixed_for<8, 3>(w));
+  GemvFixed run = nullptr;
+  TW_FOR_SLICES(w.bits, slices, run = gemv_fixed_for<BITS, SLICES>(w))
   run(w, a, bias, y, y_stride, dtype, begin, end);
 #endif
 }

@@ -1,6 +1,6 @@
 // More rows: a block of columns is unpacked once, and from L2 it feeds every row.  In float32, in
 // integers for int8 activations where the CPU has VNNI, and the input gradient.
-#include "quant_codes.h"
+#include "quant_panel.h"
 
 namespace tilewright::cpu::TW_ISA {
 
@@ -29,7 +29,9 @@ void quant_prepare_int8(const QuantWeight& w, const void* x, DType dtype, int8_t
       if (fake) {
         fake[b * block + j] = q * scale;
       } else {
-        codes[b * block + j] = int8_t(q);
+        // of 4 bits as fill_int8 leaves the weight's codes
+        const int64_t at = w.bits == 4 ? (j & ~int64_t(7)) | (j & 1) << 2 | (j & 7) >> 1 : j;
+        codes[b * block + at] = int8_t(q);
         sum += int32_t(q);
       }
     }
@@ -49,14 +51,12 @@ void quant_prepare_int8(const QuantWeight& w, const void* x, DType dtype, int8_t
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int MR = 12, NV = 2;  // 24 accumulators, 2 weights, 1 broadcast: 27 of 32 registers
+constexpr int MR = 12;  // 24 accumulators, 2 weights, 1 broadcast: 27 of 32 registers
 #elif defined(__AVX2__)
-constexpr int MR = 6, NV = 2;  // 12 + 2 + 1 of 16
+constexpr int MR = 6;  // 12 + 2 + 1 of 16
 #else
-constexpr int MR = 4, NV = 16;  // 16 columns a block, as wide as the tables elsewhere
+constexpr int MR = 4;
 #endif
-constexpr int64_t NB = NV * W;     // columns a block
-constexpr int64_t KC = UNPACKED;   // panel depth: MR * KC floats of x stay in L1
 
 // Terms summed before they join the total: a long running sum would round every term to its size.
 constexpr int64_t SEGMENT = W == 1 ? 16 : 64;
@@ -99,43 +99,36 @@ void micro_rows(int rows, const float* x, int64_t x_stride, const float* panel, 
 }
 
 #if defined(__AVX512F__)
-// panel[k, c .. c + 16) = w[n .. n + 16, k0 + k]: lanes lie along N, a dword of codes in each.
+// panel[k, c .. c + 16) = w[n .. n + 16, k0 + k].
 template <int BITS>
-void gather_columns(const QuantWeight& w, int64_t n, int64_t k0, int64_t kc, float* panel) {
-  constexpr int STEPS = 32 / BITS;
-  const int64_t group = w.K / w.G, row = w.K * BITS / 8;
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i rows = _mm512_mullo_epi32(lane, _mm512_set1_epi32(int(row)));
-  const __m512 table = table4();
-  const uint8_t* base = w.codes + n * row + k0 * BITS / 8;
-  float scale[16], offset[16];
-  int64_t stop = 0;  // of the group whose scales are held
-  for (int64_t k = 0; k < kc; k += STEPS) {
-    if (k == stop) {
-      const int64_t g = (k0 + k) / group;
-      for (int i = 0; i < 16; ++i) group_scale(w, n + i, g, scale + i, offset + i);
-      stop = (g + 1) * group - k0;
-    }
+void fill_sixteen(const QuantWeight& w, int64_t n, int64_t k0, int64_t kc, float* panel) {
+  const int64_t group = w.K / w.G, g0 = k0 / group;
+  float scales[(KC / 8 + 2) * 16], offsets[(KC / 8 + 2) * 16];
+  panel_scales(w, n, 16, g0, (k0 + kc - 1) / group - g0 + 1, float(w.centre()), scales, offsets, 16);
+  const __m512 table = code_table(w.codebook);
+  [[maybe_unused]] const __m512i centre = _mm512_set1_epi32(w.centre());
+  const float *scale = scales, *offset = offsets;
+  int64_t stop = (g0 + 1) * group - k0;
+  over_dwords<BITS>(w, n, k0, kc, [&](int64_t k, __m512i codes) {
+    if (k == stop) scale += 16, offset += 16, stop += group;
     const __m512 s = _mm512_loadu_ps(scale), o = _mm512_loadu_ps(offset);
-    const __m512i codes = _mm512_i32gather_epi32(rows, base + k * BITS / 8, 1);
 #pragma GCC unroll 8
-    for (int i = 0; i < STEPS; ++i) {
-      const __m512 code = BITS == 4 ? unpack4(codes, i, table) : unpack8(codes, i);
+    for (int i = 0; i < 32 / BITS; ++i) {
+      const __m512 code = BITS == 4 ? unpack4(codes, i, table) : unpack8(codes, i, centre);
       _mm512_storeu_ps(panel + (k + i) * NB, _mm512_fmadd_ps(code, s, o));
     }
-  }
+  });
 }
 #endif
 
-// panel[k, c] = w[n0 + c, k0 + k], zero past N.
+// panel[k, c] = w[n0 + c, k0 + k]; past N zero, or what is not written out.
 void fill_columns(const QuantWeight& w, int64_t n0, int64_t k0, int64_t kc, float* panel) {
   const int64_t columns = w.N - n0 < NB ? w.N - n0 : NB;
   int64_t c = 0;
 #if defined(__AVX512F__)
-  // whole dwords of a group; and offsets of sixteen rows in int32
-  if (w.K / w.G % 8 == 0 && w.K < (int64_t(1) << 27))
-    for (; c + 16 <= columns; c += 16)
-      (w.bits == 4 ? gather_columns<4> : gather_columns<8>)(w, n0 + c, k0, kc, panel + c);
+  if (w.K / w.G % 8 == 0)  // whole dwords of a group
+    for (; c < columns; c += 16)
+      (w.bits == 4 ? fill_sixteen<4> : fill_sixteen<8>)(w, n0 + c, k0, kc, panel + c);
 #endif
   float line[KC];
   for (; c < columns; ++c) {
@@ -144,27 +137,6 @@ void fill_columns(const QuantWeight& w, int64_t n0, int64_t k0, int64_t kc, floa
   }
   for (; c < NB; ++c)
     for (int64_t k = 0; k < kc; ++k) panel[k * NB + c] = 0.f;
-}
-
-template <class T>
-void write_rows(const float* out, int64_t out_stride, int64_t M, int64_t columns, const T* bias,
-                T* y, int64_t y_stride) {
-  const int64_t whole = columns / W * W;
-  for (int64_t m = 0; m < M; ++m, out += out_stride, y += y_stride) {
-    for (int64_t c = 0; c < whole; c += W)
-      store(y + c, bias ? load(out + c) + load(bias + c) : load(out + c));
-    for (int64_t c = whole; c < columns; ++c)
-      y[c] = from_float<T>(bias ? out[c] + to_float(bias[c]) : out[c]);
-  }
-}
-
-void write_block(const float* out, int64_t M, int64_t n0, int64_t N, const void* bias, void* y,
-                 int64_t y_stride, DType dtype) {
-  const int64_t columns = N - n0 < NB ? N - n0 : NB;
-  TW_FOR_DTYPE(dtype, T, {
-    const T* b = bias ? static_cast<const T*>(bias) + n0 : nullptr;
-    write_rows(out, NB, M, columns, b, static_cast<T*>(y) + n0, y_stride);
-  })
 }
 
 }  // namespace
@@ -285,7 +257,7 @@ constexpr int MI = 6;  // rows: 12 integer and 12 float accumulators
 template <int R, bool OFFSET>
 TW_INLINE void micro_int8(const int8_t* x, int64_t x_stride, const float* x_scale,
                           const int32_t* isums, int64_t s_stride, const uint8_t* codes,
-                          const float* scale, const float* offset, int64_t blocks, int shift,
+                          const float* scale, const float* offset, int64_t blocks, int centre,
                           float* out) {
   __m512 total[R][2];
   for (int r = 0; r < R; ++r)
@@ -293,8 +265,8 @@ TW_INLINE void micro_int8(const int8_t* x, int64_t x_stride, const float* x_scal
   for (int64_t b = 0; b < blocks; ++b) {
     __m512i acc[R][2];
     for (int r = 0; r < R; ++r) {
-      // starting at -2^(bits-1) * sum(x) centres the unsigned codes, exactly
-      acc[r][0] = acc[r][1] = _mm512_set1_epi32(-(isums[r * s_stride + b] * (1 << shift)));
+      // starting at -centre * sum(x) centres the unsigned codes, exactly
+      acc[r][0] = acc[r][1] = _mm512_set1_epi32(-centre * isums[r * s_stride + b]);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
@@ -326,32 +298,30 @@ TW_INLINE void micro_int8(const int8_t* x, int64_t x_stride, const float* x_scal
     for (int v = 0; v < 2; ++v) _mm512_storeu_ps(out + r * NB + v * 16, total[r][v]);
 }
 
-// codes[k / 4, c, k % 4] = raw code of w[n0 + c, k0 + k]; scale, offset [kc / 32, NB].
+// codes[k / 4, c, 4] = raw codes of w[n0 + c, k0 + k]; of 4 bits by eights, the even k before the odd.
+// scale, offset [kc / 32, NB].
 void fill_int8(const QuantWeight& w, int64_t n0, int64_t k0, int64_t kc, uint8_t* codes,
                float* scale, float* offset) {
-  const int64_t group = w.K / w.G, columns = w.N - n0 < NB ? w.N - n0 : NB;
-  for (int64_t c = 0; c < NB; ++c) {
-    const int64_t n = n0 + (c < columns ? c : columns - 1);  // repeats are never written out
-    if (group == 32) {
-      float s[KC / 32 + W], o[KC / 32 + W];
-      TW_FOR_DTYPE(w.scale_dtype, S, row_scales<S>(w, n, k0 / 32, kc / 32, s, o))
-      for (int64_t b = 0; b < kc / 32; ++b) scale[b * NB + c] = s[b], offset[b * NB + c] = o[b];
-    } else {
-      for (int64_t b = 0; b < kc / 32; ++b)
-        group_scale(w, n, (k0 + b * 32) / group, scale + b * NB + c, offset + b * NB + c);
+  const int64_t group = w.K / w.G, g0 = k0 / group;
+  float scales[KC / 32 * NB], offsets[KC / 32 * NB];
+  panel_scales(w, n0, NB, g0, (k0 + kc - 1) / group - g0 + 1, float(w.centre()), scales, offsets, NB);
+  for (int64_t b = 0; b < kc / 32; ++b) {
+    const int64_t g = (k0 + b * 32) / group - g0;
+    for (int64_t c = 0; c < NB; c += 16) {
+      _mm512_storeu_ps(scale + b * NB + c, _mm512_loadu_ps(scales + g * NB + c));
+      _mm512_storeu_ps(offset + b * NB + c, _mm512_loadu_ps(offsets + g * NB + c));
     }
+  }
+  const __m512i nibble = _mm512_set1_epi8(15);
+  for (int64_t c = 0; c < NB; c += 16) {
+    uint8_t* to = codes + c * 4;
     if (w.bits == 8) {
-      const uint8_t* p = w.codes + n * w.K + k0;
-      for (int64_t k = 0; k < kc; k += 4) __builtin_memcpy(codes + k * NB + c * 4, p + k, 4);
+      over_dwords<8>(w, n0 + c, k0, kc, [&](int64_t k, __m512i d) { _mm512_storeu_si512(to + k * NB, d); });
     } else {
-      const uint8_t* p = w.codes + (n * w.K + k0) / 2;
-      for (int64_t k = 0; k < kc; k += 4) {
-        uint16_t two;
-        __builtin_memcpy(&two, p + k / 2, 2);
-        const uint32_t four = (two & 0xfu) | (two & 0xf0u) << 4 | (two & 0xf00u) << 8 |
-                              (two & 0xf000u) << 12;
-        __builtin_memcpy(codes + k * NB + c * 4, &four, 4);
-      }
+      over_dwords<4>(w, n0 + c, k0, kc, [&](int64_t k, __m512i d) {
+        _mm512_storeu_si512(to + k * NB, _mm512_and_si512(d, nibble));
+        _mm512_storeu_si512(to + (k + 4) * NB, _mm512_and_si512(_mm512_srli_epi32(d, 4), nibble));
+      });
     }
   }
 }
@@ -360,7 +330,7 @@ template <bool OFFSET>
 void gemm_int8(const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
                int64_t y_stride, DType dtype, float* scratch, int64_t begin, int64_t end) {
   const int64_t pad = padded(w.K), s_stride = pad / 32;
-  const int shift = w.bits - 1;
+  const int centre = w.centre();
   // the float panel's room holds the codes, then the scales and offsets of its blocks
   uint8_t* codes = reinterpret_cast<uint8_t*>(scratch);
   float* scale = scratch + KC * NB / 4;
@@ -377,11 +347,11 @@ void gemm_int8(const QuantWeight& w, const QuantActivations& a, const void* bias
         const float* sx = a.scales + m * s_stride + k0 / 32;
         const int32_t* sums = a.isums + m * s_stride + k0 / 32;
         if (a.M - m >= MI) {
-          micro_int8<MI, OFFSET>(x, pad, sx, sums, s_stride, codes, scale, offset, blocks, shift,
+          micro_int8<MI, OFFSET>(x, pad, sx, sums, s_stride, codes, scale, offset, blocks, centre,
                                  out + m * NB);
           m += MI;
         } else {
-          micro_int8<1, OFFSET>(x, pad, sx, sums, s_stride, codes, scale, offset, blocks, shift,
+          micro_int8<1, OFFSET>(x, pad, sx, sums, s_stride, codes, scale, offset, blocks, centre,
                                 out + m * NB);
           m += 1;
         }

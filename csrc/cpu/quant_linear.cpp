@@ -13,7 +13,7 @@ TW_INLINE float scales_and_offset(const QuantWeight& w, int64_t n, const float* 
   const S* extra = w.minima  ? static_cast<const S*>(w.minima) + n * w.G
                    : w.zeros ? static_cast<const S*>(w.zeros) + n * w.G
                              : nullptr;
-  const float centre = float(1 << (w.bits - 1));
+  const float centre = float(w.centre());
   Vec acc = set1(0.f);
   for (int64_t g = 0; g < w.G; g += W) {
     const int left = int(w.G - g);
@@ -38,9 +38,9 @@ float scales_and_offset(const QuantWeight& w, int64_t n, const float* sums, floa
 #if defined(__AVX512F__)
 
 // 8 bits: lane l of step i holds k = 16 i + l.
-TW_INLINE __m512 unpack8(const uint8_t* p, int step, __mmask16 mask) {
+TW_INLINE __m512 unpack8(const uint8_t* p, int step, __mmask16 mask, __m512i centre) {
   const __m128i codes = _mm_maskz_loadu_epi8(mask, p + 16 * step);
-  return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(codes), _mm512_set1_epi32(128)));
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(codes), centre));
 }
 
 // MR rows of x against NR rows of w.
@@ -48,7 +48,7 @@ template <int GROUP, int MR, int NR>
 TW_INLINE void gemv4(const QuantWeight& w, const float* lanes, int64_t lanes_stride,
                      const float (*scale)[GEMV_GROUPS + 16], int64_t n, float (*out)[NR]) {
   const int64_t group = w.K / w.G, row = w.K / 2;
-  const __m512 table = table4();
+  const __m512 table = code_table(w.codebook);
   __m512 total[MR][NR];
   for (int m = 0; m < MR; ++m)
     for (int r = 0; r < NR; ++r) total[m][r] = _mm512_setzero_ps();
@@ -85,6 +85,7 @@ template <int GROUP, int MR, int NR>
 TW_INLINE void gemv8(const QuantWeight& w, const float* lanes, int64_t lanes_stride,
                      const float (*scale)[GEMV_GROUPS + 16], int64_t n, float (*out)[NR]) {
   [[maybe_unused]] const int64_t group = w.K / w.G;
+  const __m512i centre = _mm512_set1_epi32(w.centre());
   __m512 total[MR][NR];
   for (int m = 0; m < MR; ++m)
     for (int r = 0; r < NR; ++r) total[m][r] = _mm512_setzero_ps();
@@ -99,7 +100,7 @@ TW_INLINE void gemv8(const QuantWeight& w, const float* lanes, int64_t lanes_str
       if (left <= 0) break;
       const __mmask16 mask = left >= 16 ? 0xffff : __mmask16((1u << left) - 1);
       __m512 weight[NR];
-      for (int r = 0; r < NR; ++r) weight[r] = unpack8(w.codes + (n + r) * w.K + k, step, mask);
+      for (int r = 0; r < NR; ++r) weight[r] = unpack8(w.codes + (n + r) * w.K + k, step, mask, centre);
       for (int m = 0; m < MR; ++m) {
         const __m512 x = _mm512_loadu_ps(lanes + m * lanes_stride + k + 16 * step);
         for (int r = 0; r < NR; ++r) part[m][r] = _mm512_fmadd_ps(weight[r], x, part[m][r]);
@@ -120,7 +121,7 @@ TW_INLINE __m256 widen(__m128i codes, int centre) {
   return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_cvtepu8_epi32(codes), _mm256_set1_epi32(centre)));
 }
 // 32 consecutive codes; 4 bits: the even k first, then the odd.
-TW_INLINE void unpack32(const uint8_t* p, int bits, __m256 out[4]) {
+TW_INLINE void unpack32(const uint8_t* p, int bits, int centre, const float* codebook, __m256 out[4]) {
   __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), high;
   if (bits == 4) {
     const __m128i nibble = _mm_set1_epi8(15);
@@ -129,7 +130,14 @@ TW_INLINE void unpack32(const uint8_t* p, int bits, __m256 out[4]) {
   } else {
     high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16));
   }
-  const int centre = 1 << (bits - 1);
+  if (codebook) {
+    const __m256 first = _mm256_loadu_ps(codebook), second = _mm256_loadu_ps(codebook + 8);
+    out[0] = looked_up(_mm256_cvtepu8_epi32(low), first, second);
+    out[1] = looked_up(_mm256_cvtepu8_epi32(_mm_srli_si128(low, 8)), first, second);
+    out[2] = looked_up(_mm256_cvtepu8_epi32(high), first, second);
+    out[3] = looked_up(_mm256_cvtepu8_epi32(_mm_srli_si128(high, 8)), first, second);
+    return;
+  }
   out[0] = widen(low, centre);
   out[1] = widen(_mm_srli_si128(low, 8), centre);
   out[2] = widen(high, centre);
@@ -145,7 +153,7 @@ TW_INLINE void gemv_avx2(const QuantWeight& w, const float* lanes, int64_t lanes
   for (int m = 0; m < MR; ++m) total[m] = _mm256_setzero_ps();
   for (int64_t b = 0; b < w.K / 32; ++b) {
     __m256 weight[4];
-    unpack32(p + b * 4 * BITS, BITS, weight);
+    unpack32(p + b * 4 * BITS, BITS, w.centre(), w.codebook, weight);
     const __m256 s = _mm256_set1_ps(scale[b / blocks_a_group]);
     for (int m = 0; m < MR; ++m) {
       const float* x = lanes + m * lanes_stride + b * 32;
@@ -177,7 +185,7 @@ bool quant_has_gemv(const QuantWeight& w) {
 bool quant_has_int8(const QuantWeight& w) {
 #if defined(__AVX512VNNI__)
   const int64_t group = w.K / w.G;
-  return quant_has_gemv(w) && group % 32 == 0;
+  return quant_has_gemv(w) && group % 32 == 0 && w.codebook == nullptr;
 #else
   return false;
 #endif

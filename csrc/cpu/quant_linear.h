@@ -1,7 +1,8 @@
 // y[m, n] = sum_k x[m, k] w[n, k] + bias[n] over 4- and 8-bit weights, and its input gradient.
 //   M rows of x, N output features, K input features, G groups of K / G columns.
-//   w[n, k] = scale[n, g] * (code[n, k] - 2^(bits-1)) + offset[n, g]
-// Codes are centred so that sums of code * x do not cancel against the offset's.
+//   w[n, k] = scale[n, g] * (code[n, k] - centre) + offset[n, g], or scale[n, g] * codebook[code[n, k]]
+// Codes are centred so that sums of code * x do not cancel against the offset's; but not 8-bit ones beside
+// minima, of which few bits may be used (GGUF's Q5_1 and Q5_K): offset + centre * scale would lose bits.
 #pragma once
 #include "isa.h"
 
@@ -10,9 +11,12 @@ namespace tilewright::cpu {
 struct QuantWeight {
   const uint8_t* codes;  // [N, K / 2] or [N, K], row-major; 4 bits: even k in the low nibble
   const void *scales, *zeros, *minima;  // [N, G] of type scale_dtype; the last two may be null
+  const float* codebook;                // [16], of 4 bits, or null
   DType scale_dtype;
   int bits;
   int64_t N, K, G;
+
+  int centre() const { return minima != nullptr && bits == 8 ? 0 : 1 << (bits - 1); }
 };
 
 // Activations as the kernels read them, float32 (see quant_prepare).
@@ -25,9 +29,11 @@ struct QuantActivations {
   const float* scales;   // GEMM int8: [M, K padded / 32], scale of each block of 32
   const int32_t* isums;  // GEMM int8: [M, K padded / 32], sum of each block's codes
   const uint8_t* fixed;  // GEMV in integers: M rows of quant_fixed_bytes
+  const void* half;      // in bfloat16: x [M, K], with GEMV's sums, or dy [M, N]
 };
 
 constexpr int GEMV_ROWS = 8;           // up to here weights are unpacked in registers, once
+constexpr int HALF_ROWS = 16;          // of dy: up to here the weight streams, and float32 is as quick
 constexpr int64_t GEMV_GROUPS = 2048;  // scales of a row held on the stack
 constexpr int64_t PAD = 128;           // K is padded to this in prepared activations
 
@@ -68,6 +74,17 @@ TW_DECLARE(void, quant_gemm_int8, const QuantWeight& w, const QuantActivations& 
            void* y, int64_t y_stride, DType dtype, float* scratch, int64_t begin, int64_t end)
 // dx [M, K] = dy [M, N] w, the same blocks over K; a.x is dy.
 TW_DECLARE(void, quant_dgrad, const QuantWeight& w, const QuantActivations& a, void* dx,
+           int64_t dx_stride, DType dtype, float* scratch, int64_t begin, int64_t end)
+
+
+// The same of bfloat16, where the CPU multiplies it: a.half is x, or dy of an even N.  quant_prepare_bf16 sums
+// groups of a row of n numbers, and returns false where they are not finite, or too large or small for
+// this: take the float path.
+TW_DECLARE(bool, quant_has_bf16, const QuantWeight& w)
+TW_DECLARE(bool, quant_prepare_bf16, const void* x, int64_t n, int64_t group, float* sums)
+TW_DECLARE(void, quant_gemm_bf16, const QuantWeight& w, const QuantActivations& a, const void* bias,
+           void* y, int64_t y_stride, DType dtype, float* scratch, int64_t begin, int64_t end)
+TW_DECLARE(void, quant_dgrad_bf16, const QuantWeight& w, const QuantActivations& a, void* dx,
            int64_t dx_stride, DType dtype, float* scratch, int64_t begin, int64_t end)
 
 }  // namespace tilewright::cpu

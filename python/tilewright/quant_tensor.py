@@ -2,28 +2,60 @@
 
 N output features, K input features, G = K / group groups in a row.  With q the unsigned code:
 
-    w[n, k] = scales[n, g] * (q[n, k] - zeros[n, g])      zero-points (GPTQ, AWQ)
-    w[n, k] = scales[n, g] * q[n, k] + minima[n, g]       minima (GGUF Q4_1)
-    w[n, k] = scales[n, g] * (q[n, k] - 2^(bits-1))       neither: symmetric (GGUF Q4_0, Q8_0)
+    w[n, k] = scales[n, g] * (q[n, k] - zeros[n, g])      zero-points (GPTQ, AWQ, HQQ)
+    w[n, k] = scales[n, g] * q[n, k] + minima[n, g]       minima (GGUF Q4_1, Q4_K)
+    w[n, k] = scales[n, g] * codebook[q[n, k]]            a code book (bitsandbytes NF4, FP4)
+    w[n, k] = scales[n, g] * (q[n, k] - 2^(bits-1))       none: symmetric (GGUF Q4_0, Q8_0)
 
-where g = k // group, or g_idx[k].  4-bit codes lie two a byte along K, the even k in the low
-nibble.  This layout is the same on every device and instruction set, and it is what is saved.
+where g = k // group.  4-bit codes lie two a byte along K, the even k in the low nibble.  This layout is
+the same on every device and instruction set, and it is what is saved.
+
+Under act-order (GPTQ) a group's columns are not neighbours: the codes lie sorted by group, and stored
+column k is the weight's column order[k].  Nested scales (bitsandbytes) are codes too: with j = n G + g
+and 256 of them to a block, scales[n, g] = nested.code[scales[n, g]] * nested.scales[j // 256] + nested.offset.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NESTED_BLOCK = 256
+OFFSETS = ("zeros", "minima", "codebook")
+PARTS = ("qweight", "scales", "zeros", "minima", "order", "codebook")
+
+
+class Nested(NamedTuple):
+    """What scales of uint8 stand for: code [256], scales [ceil(N G / 256)] and offset [], float32."""
+
+    code: Tensor
+    scales: Tensor
+    offset: Tensor
+
+    def __call__(self, scales: Tensor) -> Tensor:
+        """The scales [N, G], float32."""
+        plain = self.code.index_select(0, scales.flatten().int())
+        if plain.numel() % NESTED_BLOCK == 0:  # no table of one scale a number
+            by_block = plain.view(-1, NESTED_BLOCK) * self.scales[:, None]
+            return (by_block + self.offset).view(scales.shape)
+        blocks = self.scales.repeat_interleave(NESTED_BLOCK)[: plain.numel()]
+        return (plain * blocks + self.offset).view(scales.shape)
+
+
+NAMES = (*PARTS, *(f"nested_{name}" for name in Nested._fields))  # of a state dict
 
 
 @dataclass(frozen=True, eq=False)
 class QuantTensor:
     """A frozen view of a quantised weight [N, K]; the tensors belong to the module that made it.
 
-    qweight [N, K/2] (bits 4) or [N, K] (bits 8) uint8; scales [N, G] float32, float16 or bfloat16;
-    zeros or minima [N, G], dtype of scales, not both; g_idx [K] int32, the group of each column.
+    qweight [N, K/2] (bits 4) or [N, K] (bits 8) uint8; scales [N, G] float32, float16 or bfloat16, or
+    uint8 beside nested; zeros or minima [N, G], dtype of scales, or codebook [2^bits] float32, one of
+    them at most; order [K] int32, a permutation.
     Raises ValueError where a shape, dtype or device does not fit the others.
     """
 
@@ -31,9 +63,14 @@ class QuantTensor:
     scales: Tensor
     zeros: Tensor | None = None
     minima: Tensor | None = None
-    g_idx: Tensor | None = None
+    order: Tensor | None = None
     bits: int = 4
-    shape: torch.Size = field(init=False)  # (N, K); kept, since every call of a layer asks for it
+    codebook: Tensor | None = None
+    nested: Nested | None = None
+    # kept, since every call of a layer asks for them: (N, K), and whether codes, scales and zeros or
+    # minima are all there is
+    shape: torch.Size = field(init=False)
+    plain: bool = field(init=False)
 
     def __post_init__(self) -> None:
         q, s = self.qweight, self.scales
@@ -45,9 +82,13 @@ class QuantTensor:
             )
         shape = torch.Size((q.shape[0], q.shape[1] * (8 // self.bits)))
         object.__setattr__(self, "shape", shape)
-        if s.dim() != 2 or s.dtype not in SCALE_DTYPES or s.shape[0] != q.shape[0]:
+        plain = self.order is None and self.codebook is None and self.nested is None
+        object.__setattr__(self, "plain", plain)
+        dtypes = SCALE_DTYPES if self.nested is None else (torch.uint8,)
+        if s.dim() != 2 or s.dtype not in dtypes or s.shape[0] != q.shape[0]:
             raise ValueError(
                 f"QuantTensor: scales {s.dtype} {list(s.shape)} do not fit qweight {list(q.shape)}"
+                + ("" if self.nested is None else " beside nested scales, which are uint8")
             )
         if s.shape[1] == 0 or self.in_features % s.shape[1]:
             raise ValueError(
@@ -55,8 +96,9 @@ class QuantTensor:
             )
         if self.bits == 4 and self.group % 2 and s.shape[1] > 1:
             raise ValueError(f"QuantTensor: group {self.group} must be even for 4 bits")
-        if self.zeros is not None and self.minima is not None:
-            raise ValueError("QuantTensor: give zeros or minima, not both")
+        given = [name for name in OFFSETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"QuantTensor: give one of {', '.join(OFFSETS)}, not {given}")
         for name in ("zeros", "minima"):
             t = getattr(self, name)
             if t is not None and (t.shape != s.shape or t.dtype != s.dtype):
@@ -64,16 +106,116 @@ class QuantTensor:
                     f"QuantTensor: {name} {t.dtype} {list(t.shape)} differ from scales "
                     f"{s.dtype} {list(s.shape)}"
                 )
-        if self.g_idx is not None and (
-            self.g_idx.shape != (self.in_features,) or self.g_idx.dtype != torch.int32
-        ):
-            raise ValueError(
-                f"QuantTensor: g_idx must be int32 [{self.in_features}], "
-                f"not {self.g_idx.dtype} {list(self.g_idx.shape)}"
-            )
-        devices = {t.device for t in (q, s, self.zeros, self.minima, self.g_idx) if t is not None}
+        self._check("codebook", self.codebook, torch.float32, (1 << self.bits,))
+        self._check("order", self.order, torch.int32, (self.in_features,))
+        if self.nested is not None:
+            blocks = -(-s.numel() // NESTED_BLOCK)
+            for name, wanted in (("code", (256,)), ("scales", (blocks,)), ("offset", ())):
+                t = getattr(self.nested, name)
+                self._check(f"nested.{name}", t, torch.float32, wanted)
+        devices = {t.device for t in self.tensors().values()}
         if len(devices) > 1:
             raise ValueError(f"QuantTensor: its tensors are on {sorted(map(str, devices))}")
+
+    def _check(
+        self, name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> None:
+        if t is not None and (t.dtype != dtype or t.shape != shape):
+            raise ValueError(
+                f"QuantTensor: {name} must be {dtype} {list(shape)}, not {t.dtype} {list(t.shape)}"
+            )
+
+    @classmethod
+    def by_group(
+        cls,
+        qweight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        g_idx: Tensor,
+        bits: int,
+    ) -> "QuantTensor":
+        """Of codes whose column k is of group g_idx[k] [K], as GPTQ's act-order leaves them: sorted by it.
+
+        Groups of unlike sizes become as many equal ones as it takes.  Raises ValueError where a column is
+        of no group.
+        """
+        K, G = qweight.shape[1] * (8 // bits), scales.shape[1]
+        if g_idx.shape != (K,) or g_idx.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"QuantTensor: g_idx must be int32 [{K}], not {g_idx.dtype} {list(g_idx.shape)}"
+            )
+        if not K:
+            return cls(qweight, scales, zeros, bits=bits)
+        low, high = (int(x) for x in g_idx.aminmax())
+        if low < 0 or high >= G:
+            raise ValueError(f"QuantTensor: g_idx names groups {low} to {high} of {G}")
+        step = math.gcd(*torch.bincount(g_idx, minlength=G).tolist())
+        ordered = g_idx.argsort(stable=True)
+        groups = g_idx[ordered][::step].long()
+        plain = torch.arange(K, device=g_idx.device)
+        if not torch.equal(ordered, plain):
+            codes = unpacked(qweight, bits)[:, ordered]
+            qweight = packed(codes, bits)
+        return cls(
+            qweight,
+            scales[:, groups],
+            None if zeros is None else zeros[:, groups],
+            order=None if torch.equal(ordered, plain) else ordered.to(torch.int32),
+            bits=bits,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those it has, by the names of a state dict; nested's as nested_code and so on."""
+        found = {name: t for name in PARTS if (t := getattr(self, name)) is not None}
+        if self.nested is not None:
+            found |= {f"nested_{name}": t for name, t in self.nested._asdict().items()}
+        return found
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], bits: int) -> "QuantTensor":
+        """Of what tensors() gives."""
+        given = dict(tensors)
+        nested = [given.pop(f"nested_{name}", None) for name in Nested._fields]
+        if any(t is not None for t in nested):
+            lacking = [n for n, t in zip(Nested._fields, nested, strict=True) if t is None]
+            if lacking:
+                raise ValueError(f"QuantTensor: nested scales lack {', '.join(lacking)}")
+            return cls(**given, bits=bits, nested=Nested(*nested))  # type: ignore[arg-type]
+        return cls(**given, bits=bits)  # type: ignore[arg-type]
+
+    def part(self, first: int, last: int) -> "QuantTensor":
+        """Rows first to last - 1, with plain scales: views where they can be."""
+        cut = {
+            n: t[first:last]
+            for n in ("qweight", "zeros", "minima")
+            if (t := getattr(self, n)) is not None
+        }
+        cut["scales"] = self.plain_scales()[first:last]
+        shared = {n: t for n in ("order", "codebook") if (t := getattr(self, n)) is not None}
+        return QuantTensor.of(cut | shared, self.bits)
+
+    @classmethod
+    def stacked(cls, weights: "Sequence[QuantTensor]") -> "QuantTensor | None":
+        """Weights of the same inputs, one above the other; None where they are not of one kind, whose
+        tensors cannot be stacked."""
+        first = weights[0].tensors()
+        shared = ("order", "codebook")
+        for w in weights:
+            theirs = w.tensors()
+            if (
+                w.bits != weights[0].bits
+                or w.nested is not None
+                or theirs.keys() != first.keys()
+                or any(theirs[n].shape[1:] != t.shape[1:] for n, t in first.items())
+                or any(theirs[n].dtype != t.dtype for n, t in first.items())
+                or not all(torch.equal(theirs[n], first[n]) for n in shared if n in first)
+            ):
+                return None
+        whole = {
+            name: t if name in shared else torch.cat([w.tensors()[name] for w in weights])
+            for name, t in first.items()
+        }
+        return cls.of(whole, weights[0].bits)
 
     @property
     def out_features(self) -> int:
@@ -92,41 +234,73 @@ class QuantTensor:
     def device(self) -> torch.device:
         return self.qweight.device
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether codes count from the middle of their range."""
+        return all(getattr(self, name) is None for name in OFFSETS)
+
     def codes(self) -> Tensor:
-        """The unsigned codes, uint8 [N, K]."""
-        if self.bits == 8:
-            return self.qweight
-        q = self.qweight
-        return torch.stack((q & 15, q >> 4), dim=-1).flatten(1)
+        """The unsigned codes as they are stored, uint8 [N, K]."""
+        return unpacked(self.qweight, self.bits)
+
+    def plain_scales(self) -> Tensor:
+        """The scales [N, G], of a float dtype: nested ones are worked out."""
+        return self.scales if self.nested is None else self.nested(self.scales)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K]: computed in float32 (float64 for float64), rounded once to dtype."""
+        w = self._dequantize(self.codes(), self.plain_scales(), self.zeros, self.minima, dtype)
+        if self.order is None:
+            return w
+        return w.index_select(1, self.order.argsort())
+
+    def _dequantize(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        minima: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
         work = torch.promote_types(dtype, torch.float32)
 
         def by_column(t: Tensor) -> Tensor:
-            t = t.to(work)
-            if self.g_idx is not None:
-                return t[:, self.g_idx.long()]
-            return t.repeat_interleave(self.group, dim=1)
+            return t.to(work).repeat_interleave(self.group, dim=1)
 
-        q, scale = self.codes().to(work), by_column(self.scales)
-        if self.minima is not None:
-            return (scale * q + by_column(self.minima)).to(dtype)
-        zero = by_column(self.zeros) if self.zeros is not None else 2.0 ** (self.bits - 1)
+        if self.codebook is not None:
+            return (by_column(scales) * self.codebook.to(work)[codes.long()]).to(dtype)
+        q, scale = codes.to(work), by_column(scales)
+        if minima is not None:
+            return (scale * q + by_column(minima)).to(dtype)
+        zero = by_column(zeros) if zeros is not None else 2.0 ** (self.bits - 1)
         return (scale * (q - zero)).to(dtype)
 
     def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantised rows, index [...] int -> [..., K]: an embedding look-up."""
         i = index.reshape(-1)
-        picked = QuantTensor(
-            self.qweight[i],
-            self.scales[i],
-            None if self.zeros is None else self.zeros[i],
-            None if self.minima is None else self.minima[i],
-            self.g_idx,
-            self.bits,
-        )
-        return picked.dequantize(dtype).view(*index.shape, self.in_features)
+        scales = self.scales[i]
+        if self.nested is not None:  # a row's scales lie in blocks of their own
+            G = self.scales.shape[1]
+            at = (i[:, None] * G + torch.arange(G, device=i.device)) // NESTED_BLOCK
+            n = self.nested
+            scales = n.code[scales.long()] * n.scales[at] + n.offset
+        zeros, minima = (None if t is None else t[i] for t in (self.zeros, self.minima))
+        w = self._dequantize(unpacked(self.qweight[i], self.bits), scales, zeros, minima, dtype)
+        if self.order is not None:
+            w = w.index_select(1, self.order.argsort())
+        return w.view(*index.shape, self.in_features)
+
+
+def unpacked(qweight: Tensor, bits: int) -> Tensor:
+    """uint8 codes [N, K] of packed(codes, bits)."""
+    if bits == 8:
+        return qweight
+    return torch.stack((qweight & 15, qweight >> 4), dim=-1).flatten(1)
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [N, K], below 2^bits -> qweight."""
+    return codes if bits == 8 else pack_int4(codes)
 
 
 def pack_int4(codes: Tensor) -> Tensor:

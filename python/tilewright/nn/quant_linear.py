@@ -13,16 +13,14 @@ from tilewright.quant_tensor import QuantTensor
 class QuantLinear(torch.nn.Module):
     """y = x w^T + bias with a QuantTensor w [N, K].  [..., K] -> [..., N].
 
-    State dict: `qweight`, `scales`, `zeros` or `minima`, `g_idx` where the weight has them, and
-    `bias`.  `.to(dtype)`, `.half()` and the like cast the bias and never the scales.  `activations`
-    is quant_linear's option.
+    State dict: `qweight`, `scales`, and of `zeros`, `minima`, `codebook`, `order` and `nested_code`,
+    `nested_scales`, `nested_offset` what the weight has, and `bias`; one with `g_idx` [K], the group of each
+    column, is taken too.  `.to(dtype)`, `.half()` and the like cast the bias alone.  `activations` is
+    quant_linear's option.
     """
 
     qweight: Tensor
     scales: Tensor
-    zeros: Tensor | None
-    minima: Tensor | None
-    g_idx: Tensor | None
     bias: torch.nn.Parameter | None
 
     def __init__(
@@ -31,8 +29,8 @@ class QuantLinear(torch.nn.Module):
         super().__init__()
         self.bits = weight.bits
         self.activations = activations
-        for name in ("qweight", "scales", "zeros", "minima", "g_idx"):
-            self.register_buffer(name, getattr(weight, name))
+        for name, tensor in weight.tensors().items():
+            self.register_buffer(name, tensor)
         self.register_parameter("bias", None if bias is None else torch.nn.Parameter(bias))
         self._weight: QuantTensor | None = weight
 
@@ -42,10 +40,15 @@ class QuantLinear(torch.nn.Module):
         # straight from the dictionary: Module.__getattr__ costs a decode step more than the check
         now, w = self._buffers, self._weight
         # rebuilt when a buffer was replaced (load_state_dict(assign=True), .to, functional_call)
-        if w is None or w.qweight is not now["qweight"] or w.scales is not now["scales"]:
-            w = self._weight = QuantTensor(
-                self.qweight, self.scales, self.zeros, self.minima, self.g_idx, self.bits
-            )
+        if (
+            w is None
+            or w.qweight is not now["qweight"]
+            or w.scales is not now["scales"]
+            or w.zeros is not now.get("zeros")
+            or w.minima is not now.get("minima")
+        ):
+            given = {name: t for name, t in now.items() if t is not None}
+            w = self._weight = QuantTensor.of(given, self.bits)
         return w
 
     @property
@@ -57,16 +60,35 @@ class QuantLinear(torch.nn.Module):
         return self.weight.out_features
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = {n: getattr(self, n) for n in ("scales", "zeros", "minima")}
+        kept = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, old in kept.items():
-            new = getattr(self, name)
-            if (
-                old is not None and new.dtype != old.dtype
-            ):  # a cast: keep the values, follow the move
-                setattr(self, name, old.to(new.device))
+            new = self._buffers[name]
+            # a cast: keep the values, follow the move
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
         self._weight = None
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        g_idx, order = (state_dict.get(prefix + name) for name in ("g_idx", "order"))
+        if order is not None and not torch.equal(
+            order.sort().values, torch.arange(order.numel(), dtype=order.dtype, device=order.device)
+        ):
+            raise ValueError(f"{prefix}order {list(order.shape)} is no permutation of the columns")
+        if (
+            g_idx is not None
+            and f"{prefix}qweight" in state_dict
+            and f"{prefix}scales" in state_dict
+        ):
+            qweight, scales = state_dict[f"{prefix}qweight"], state_dict[f"{prefix}scales"]
+            zeros = state_dict.get(f"{prefix}zeros")
+            w = QuantTensor.by_group(qweight, scales, zeros, g_idx, self.bits)
+            del state_dict[f"{prefix}g_idx"]
+            state_dict |= {f"{prefix}{name}": t for name, t in w.tensors().items()}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.quant_linear(

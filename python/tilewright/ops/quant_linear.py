@@ -12,7 +12,7 @@ from tilewright import _op
 from tilewright.quant_tensor import QuantTensor
 
 _ACTIVATIONS = ("float", "int8")
-_ARGS = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? minima"
+_ARGS = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? minima, Tensor? codebook"
 
 
 def _fake(x: Tensor, qweight: Tensor, *_: Any) -> Tensor:
@@ -44,10 +44,10 @@ _direct = _op.direct("quant_linear")
 
 class _QuantLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, qweight, scales, zeros, minima, bias, bits, activations):
-        ctx.save_for_backward(qweight, scales, zeros, minima)
+    def forward(ctx, x, qweight, scales, zeros, minima, codebook, bias, bits, activations):
+        ctx.save_for_backward(qweight, scales, zeros, minima, codebook)
         ctx.bits = bits
-        return _linear[bits](x, qweight, scales, zeros, minima, bias, activations)
+        return _linear[bits](x, qweight, scales, zeros, minima, codebook, bias, activations)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -55,9 +55,9 @@ class _QuantLinear(torch.autograd.Function):
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             dx = _dgrad[ctx.bits](dy, *ctx.saved_tensors)
-        if ctx.needs_input_grad[5]:
+        if ctx.needs_input_grad[6]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-        return dx, None, None, None, None, dbias, None, None
+        return dx, None, None, None, None, None, dbias, None, None
 
 
 def quant_linear(
@@ -72,7 +72,7 @@ def quant_linear(
     x and bias are cast as torch.nn.functional.linear's are.  Raises ValueError where a shape,
     dtype, device or option does not fit.
     """
-    if _direct is not None and x.is_cpu and w.g_idx is None and not torch.compiler.is_compiling():
+    if _direct is not None and x.is_cpu and w.plain and not torch.compiler.is_compiling():
         y = _direct(x, bias, w.qweight, w.scales, w.zeros, w.minima, w.bits, activations)
         if y is not None:
             return y
@@ -98,12 +98,16 @@ def quant_linear(
         raise ValueError(
             f"quant_linear: activations must be 'float' or 'int8', not {activations!r}"
         )
-    if w.g_idx is not None or not _op.serves("quant_linear", x):
+    wide_book = w.codebook is not None and w.bits == 8
+    if wide_book or not _op.serves("quant_linear", x):
         if not x.is_floating_point():
             raise ValueError(f"quant_linear: x must be a floating dtype, not {x.dtype}")
         return _op.twin("quant_linear")(x, w, bias, activations=activations)
+    if w.order is not None:
+        x = x.index_select(-1, w.order)
+    scales = w.plain_scales()
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _QuantLinear.apply(
-            x, w.qweight, w.scales, w.zeros, w.minima, bias, w.bits, activations
+            x, w.qweight, scales, w.zeros, w.minima, w.codebook, bias, w.bits, activations
         )
-    return _linear[w.bits](x, w.qweight, w.scales, w.zeros, w.minima, bias, activations)
+    return _linear[w.bits](x, w.qweight, scales, w.zeros, w.minima, w.codebook, bias, activations)

@@ -1,5 +1,7 @@
 """The specification of quant_linear, in eager PyTorch."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +28,9 @@ def round_to_int8(x: Tensor, group: int) -> Tensor:
 def quant_linear(
     x: Tensor, w: QuantTensor, bias: Tensor | None = None, *, activations: str = "float"
 ) -> Tensor:
-    """x [..., K], w [N, K], bias [N] -> [..., N]."""
+    """x [..., K], w [N, K], bias [N] -> [..., N].  Blocks are of columns as they are stored."""
+    if w.order is not None:
+        x, w = x.index_select(-1, w.order), replace(w, order=None)
     if activations == "int8":
         # straight through: rounding has no gradient of its own
         x = x + (round_to_int8(x, w.group) - x).detach()
