@@ -1,5 +1,6 @@
 """quant/gguf.py: codes bit-exact against the gguf package's own dequantisation; bad files refused."""
 
+import re
 import struct
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from tilewright.quant import GGUFFile
+from tilewright import ops
+from tilewright.quant import GGUFFile, _gguf_blocks
 
 QTYPES = ["Q8_0", "Q4_0", "Q4_1"]
+MORE_TYPES = ["Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 N, K = 70, 96
 
 
@@ -57,6 +60,31 @@ def test_quantised_is_bit_exact(tmp_path, matrix, kind):
     assert weight.scales.dtype == torch.float16
     assert torch.equal(weight.dequantize(), torch.from_numpy(truth))
     assert torch.equal(file.dense("w", torch.float32), torch.from_numpy(truth))
+
+
+@pytest.mark.parametrize("kind", [*QTYPES, *MORE_TYPES])
+def test_every_bit_pattern_is_bit_exact(tmp_path, kind):
+    """Blocks of any bytes at all, but for their float16s, which are finite: no quantiser fills every field."""
+    block = _gguf_blocks.KINDS[kind]
+    rng = np.random.default_rng(7)
+    data = rng.integers(0, 256, (N, 3 * block.nbytes), dtype=np.uint8)
+    at = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind, (0, 2))
+    for i in range(3):
+        for byte in at if block.minima or len(at) == 1 else at[:1]:
+            half = rng.normal(0, 1, N).astype(np.float16).view(np.uint8).reshape(N, 2)
+            data[:, i * block.nbytes + byte :][:, :2] = half
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("w", data, raw_dtype=qtype(kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    weight = GGUFFile(tmp_path / "a.gguf").quantised(["w"])
+    assert (weight.bits, weight.group) == (block.bits, block.group)
+    truth = torch.from_numpy(gguf.quants.dequantize(data, qtype(kind)))
+    assert torch.equal(weight.dequantize(), truth)
+    x = torch.eye(weight.in_features)
+    assert torch.equal(ops.quant_linear(x, weight).t(), truth)
 
 
 @pytest.mark.parametrize("kind", QTYPES)
@@ -113,8 +141,8 @@ def test_bad_files(tmp_path, matrix):
     at = (
         whole.index(b"\x01\0\0\0\0\0\0\0w") + 9 + 4 + 16
     )  # the type, after name, rank and two sizes
-    bad.write_bytes(whole[:at] + b"\x0c" + whole[at + 1 :])
-    with pytest.raises(ValueError, match="tensor w has type Q4_K; readable are"):
+    bad.write_bytes(whole[:at] + b"\x10" + whole[at + 1 :])
+    with pytest.raises(ValueError, match="tensor w has type IQ2_XXS; readable are"):
         GGUFFile(bad)
     bad.write_bytes(whole[:at] + b"\xee" + whole[at + 1 :])
     with pytest.raises(ValueError, match="tensor w has type number 238"):
@@ -184,6 +212,40 @@ def test_noise_never_crashes(tmp_path, matrix):
                 file.dense(name, torch.float32)
         except ValueError as error:
             assert "\n" not in str(error) and "bad.gguf" in str(error)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("kind", "at", "told"),
+    [("Q8_0", 0, "scale"), ("Q4_0", 0, "scale"), ("Q4_1", 2, "minimum"), ("Q5_0", 0, "scale")],
+)
+def test_scales_that_are_no_numbers(tmp_path, matrix, kind, at, told, value):
+    block = _gguf_blocks.KINDS[kind]
+    blocks = gguf.quants.quantize(matrix, qtype(kind))
+    where = slice(block.nbytes + at, block.nbytes + at + 2)  # of row 5's second block
+    blocks[5, where] = np.array([value], np.float16).view(np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("first", gguf.quants.quantize(matrix, qtype(kind)), raw_dtype=qtype(kind))
+    writer.add_tensor("w", blocks, raw_dtype=qtype(kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GGUFFile(tmp_path / "a.gguf")
+    wanted = f"a.gguf: tensor w: the {told} of row 5, group 1 is {value}"
+    for rows in (None, [None, torch.randperm(N)]):
+        with pytest.raises(ValueError, match=re.escape(wanted)):
+            file.quantised(["first", "w"], rows)
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        file.dense("w", torch.float32)
+
+
+@pytest.mark.parametrize("kind", QTYPES)
+def test_a_block_of_zeros(tmp_path, kind):
+    """Whose scale is 0, as llama.cpp writes it."""
+    file = GGUFFile(write(tmp_path / "a.gguf", {"w": (np.zeros((2, 64), np.float32), kind)}))
+    weight = file.quantised(["w"])
+    assert not weight.scales.any() and not weight.dequantize().any()
 
 
 def test_wrong_requests(tmp_path, matrix):

@@ -1,14 +1,11 @@
-"""GGUF: metadata as Python values, tensors as QuantTensor or float, read through a memory map.
+"""GGUF: metadata as Python values, tensors as QuantTensor or float, read through a memory map; `write` gives
+a tensor's blocks.
 
 The `gguf` package parses the file; this module bounds every read, keeps string arrays as plain lists
 (the package makes two arrays a string: 98,000 objects for a tokeniser), and converts tensors a
 megabyte at a time, giving mapped pages back, so that loading never holds the file twice.
 
-A block is 32 weights.  With d and m float16:
-    Q8_0  d, int8 q[32]        w = d q
-    Q4_0  d, uint4 q[32]       w = d (q - 8)
-    Q4_1  d, m, uint4 q[32]    w = d q + m
-Byte i of a 4-bit block holds weight i in its low nibble and weight i + 16 in its high one.
+_gguf_blocks.py has the types of blocks.
 """
 
 import math
@@ -24,10 +21,10 @@ from gguf import GGUFReader
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 from torch import Tensor
 
-from tilewright.quant_tensor import QuantTensor
+from tilewright.quant._gguf_blocks import KINDS
+from tilewright.quant._words import unusable
+from tilewright.quant_tensor import OFFSETS, QuantTensor, packed
 
-BLOCK = 32
-QUANT_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}  # a block of 32 weights
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_RANK = 4  # ggml's
 CHUNK = 1 << 20  # bytes of the map read before they are given back
@@ -56,12 +53,17 @@ class _Reader(GGUFReader):
             raise ValueError(f"truncated: bytes {offset} to {end} of {len(self.data)}")
         return super()._get(offset, dtype, count, override_order)
 
+    def _get_str(self, offset: int) -> Any:
+        found = super()._get_str(offset)
+        _text(bytes(found[1]), offset)
+        return found
+
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        if GGUFValueType(raw_type) != GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
         start = int(orig_offs)
+        if _value_type(raw_type, start) != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
         head = [self._get(start, np.uint32), self._get(start + 4, np.uint64)]
-        kind, count, offset = GGUFValueType(head[0][0]), int(head[1][0]), start + 12
+        kind, count, offset = _value_type(head[0][0], start), int(head[1][0]), start + 12
         values: list[Any]
         if kind == GGUFValueType.STRING:
             order = "big" if self.byte_order == "S" else "little"
@@ -71,7 +73,7 @@ class _Reader(GGUFReader):
                 end += int.from_bytes(raw[offset:end], order)  # type: ignore[arg-type]
                 if end > len(self.data):
                     raise ValueError(f"truncated: bytes {offset} to {end} of {len(self.data)}")
-                values.append(raw[offset + 8 : end].decode("utf-8"))
+                values.append(_text(raw[offset + 8 : end], offset))
                 offset = end
         else:
             if kind not in self.gguf_scalar_to_np:
@@ -96,12 +98,13 @@ class _Reader(GGUFReader):
             count = math.prod(shape)
             if kind in FLOAT_DTYPES:
                 nbytes = count * FLOAT_DTYPES[kind].itemsize
-            elif kind in QUANT_BYTES:
-                if not shape or shape[-1] % BLOCK:
+            elif kind in KINDS:
+                block = KINDS[kind]
+                if not shape or shape[-1] % block.weights:
                     raise ValueError(f"tensor {name}: {kind} rows of {shape} are not whole blocks")
-                nbytes = count // BLOCK * QUANT_BYTES[kind]
+                nbytes = count // block.weights * block.nbytes
             else:
-                known_types = ", ".join((*FLOAT_DTYPES, *QUANT_BYTES))
+                known_types = ", ".join((*FLOAT_DTYPES, *KINDS))
                 raise ValueError(f"tensor {name} has type {kind}; readable are {known_types}")
             offset = int(start_offs) + int(field.parts[5][0])
             if offset + nbytes > len(self.data):
@@ -112,11 +115,25 @@ class _Reader(GGUFReader):
             self.infos[name] = TensorInfo(kind, shape, offset, nbytes)
 
 
+def _text(data: bytes, offset: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the text at byte {offset} is not UTF-8: {error.reason}") from error
+
+
+def _value_type(code: int, offset: int) -> GGUFValueType:
+    if int(code) not in GGUFValueType._value2member_map_:
+        raise ValueError(f"a value of type number {int(code)} at byte {offset}")
+    return GGUFValueType(code)
+
+
 class GGUFFile:
-    """A GGUF file: `metadata` (key -> value) and `tensors` (name -> TensorInfo).
+    """A GGUF file: `metadata` (key -> value), `types` (key -> GGUF's types of it, an array's and its
+    elements'), and `tensors` (name -> TensorInfo).
 
     Raises FileNotFoundError where there is no such file, ValueError where it is truncated, corrupt,
-    big-endian, or holds a tensor of a type other than F32, F16, BF16, Q8_0, Q4_0, Q4_1.
+    big-endian, or holds a tensor of a type other than F32, F16, BF16 and those of _gguf_blocks.py.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -137,6 +154,7 @@ class GGUFFile:
             raise ValueError(f"{self.path}: not a readable GGUF file: {message}") from error
         if reader.byte_order == "S":
             raise ValueError(f"{self.path}: GGUF of the other byte order")
+        self.types = {name: tuple(field.types) for name, field in reader.fields.items()}
         self.tensors = reader.infos
         self._map: np.memmap = reader.data
         self._release(0, len(self._map))
@@ -146,6 +164,12 @@ class GGUFFile:
         if name not in self.tensors:
             raise ValueError(f"{self.path}: tensor {name} is missing")
         return self.tensors[name]
+
+    def data(self, name: str) -> np.ndarray:
+        """The bytes of tensor `name` as the file has them, uint8 [N, bytes of a row] or [bytes], mapped."""
+        info = self.info(name)
+        flat = self._map[info.offset : info.offset + info.nbytes]
+        return flat.reshape(*info.shape[:-1], -1)
 
     def _chunks(self, name: str, rows: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         """(destination rows, their bytes [n, bytes of a row]), a fresh tensor each time."""
@@ -175,7 +199,7 @@ class GGUFFile:
         Raises ValueError where the file has no such tensor.
         """
         info = self.info(name)
-        if info.type in QUANT_BYTES:
+        if info.type in KINDS:
             return self.quantised([name], [rows]).dequantize(dtype)
         out = torch.empty(info.shape, dtype=dtype)
         flat = out.view(info.shape[0] if len(info.shape) > 1 else 1, -1)
@@ -191,39 +215,67 @@ class GGUFFile:
         """Tensors of one quantised type and width, stacked along their rows; codes bit-exact.
 
         rows[i], where given, is the order [N] in which to read the rows of names[i].  Raises
-        ValueError where types or widths differ, or one is no quantised matrix.
+        ValueError where types or widths differ, one is no quantised matrix, or a scale or minimum is nan
+        or infinite.
         """
         infos = [self.info(name) for name in names]
         kinds = {(info.type, info.shape[-1:]) for info in infos}
-        if (
-            len(kinds) > 1
-            or infos[0].type not in QUANT_BYTES
-            or any(len(i.shape) != 2 for i in infos)
-        ):
+        if len(kinds) > 1 or infos[0].type not in KINDS or any(len(i.shape) != 2 for i in infos):
             told = ", ".join(
                 f"{n} {i.type} {list(i.shape)}" for n, i in zip(names, infos, strict=True)
             )
             raise ValueError(f"{self.path}: not quantised matrices of one type and width: {told}")
-        kind, K = infos[0].type, infos[0].shape[1]
-        N, G, bits = sum(info.shape[0] for info in infos), K // BLOCK, 8 if kind == "Q8_0" else 4
-        codes = torch.empty(N, K * bits // 8, dtype=torch.uint8)
-        scales = torch.empty(N, G, dtype=torch.float16)
-        minima = torch.empty(N, G, dtype=torch.float16) if kind == "Q4_1" else None
+        kind, K = KINDS[infos[0].type], infos[0].shape[1]
+        N, G = sum(info.shape[0] for info in infos), K // kind.group
+        qweight = torch.empty(N, K * kind.bits // 8, dtype=torch.uint8)
+        scales = torch.empty(N, G, dtype=kind.scale_dtype)
+        minima = torch.empty_like(scales) if kind.minima else None
         first = 0
         for i, name in enumerate(names):
             for part, data in self._chunks(name, rows[i] if rows else None):
-                block = data.view(-1, G, QUANT_BYTES[kind])
+                found = kind.decode(data.view(data.shape[0], -1, kind.nbytes))
                 here = slice(first + part.start, first + part.stop)
-                scales[here] = block[..., :2].contiguous().view(torch.float16).squeeze(-1)
-                if minima is not None:
-                    minima[here] = block[..., 2:4].contiguous().view(torch.float16).squeeze(-1)
-                q = block[..., 2 if minima is None else 4 :]
-                out = codes[here].view(block.shape[0], G, -1)
-                if bits == 8:
-                    torch.bitwise_xor(q, 128, out=out)  # int8 + 128, as an unsigned code
-                    continue
-                even, odd = q[..., 0::2], q[..., 1::2]
-                out[..., :8] = (even & 15) | (odd << 4)
-                out[..., 8:] = (even >> 4) | (odd & 240)
+                qweight[here], scales[here] = packed(found.codes, kind.bits), found.scales
+                if minima is not None and found.minima is not None:
+                    minima[here] = found.minima
+            here = slice(first, first + infos[i].shape[0])
+            for what, t in (("scale", scales), ("minimum", minima)):
+                if t is not None and (bad := unusable(t[here])) is not None:
+                    (row, group), value = bad
+                    if rows and (order := rows[i]) is not None:
+                        row = int(order[row])
+                    raise ValueError(
+                        f"{self.path}: tensor {name}: the {what} of row {row}, group {group} is {value}"
+                    )
             first += infos[i].shape[0]
-        return QuantTensor(codes, scales, minima=minima, bits=bits)
+        return QuantTensor(qweight, scales, minima=minima, bits=kind.bits)
+
+
+def write(w: QuantTensor) -> tuple[str, np.ndarray]:
+    """(type, blocks uint8 [N, bytes of a row]) of w: Q4_0 where its codes have 4 bits, Q8_0 where 8.
+
+    What `GGUFFile.quantised` reads, to the bit.  Raises ValueError where w has offsets, an order of columns,
+    groups of other than 32, or scales that float16 does not hold.
+    """
+    N, K = w.shape
+    if not w.symmetric or w.order is not None or w.group != 32:
+        found = [n for n in (*OFFSETS, "order") if getattr(w, n) is not None]
+        raise ValueError(
+            f"gguf: a weight {[N, K]} in groups of {w.group}"
+            f"{' with ' + ', '.join(found) if found else ''}; Q4_0 and Q8_0 have symmetric groups of 32"
+        )
+    scales = w.plain_scales().cpu()
+    halves = scales.to(torch.float16)
+    wrong = (halves.to(scales.dtype) != scales) | ~halves.isfinite()
+    if bool(wrong.any()):
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"gguf: scales{list(at)} is {scales[at].item()}, which float16 does not hold"
+        )
+    codes = w.codes().cpu().view(N, -1, 32)
+    if w.bits == 4:
+        name, stored = "Q4_0", codes[..., :16] | codes[..., 16:] << 4
+    else:
+        name, stored = "Q8_0", codes ^ 128
+    blocks = torch.cat((halves.contiguous().view(torch.uint8).view(N, -1, 2), stored), -1)
+    return name, blocks.flatten(1).numpy()
