@@ -36,7 +36,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "ops": ({"_op", "_native", "kernels", "masks", "quant_tensor"}, BASE),
     "testing": ({"ops", "reference", "quant_tensor"}, BASE),
     "nn": ({"masks", "ops", "quant_tensor"}, BASE),
-    "quant": ({"ops", "quant_tensor"}, BASE | {"gguf", "numpy", "safetensors"}),
+    "quant": ({"nn", "ops", "quant_tensor"}, BASE | {"gguf", "numpy", "safetensors"}),
     "models": (
         {"nn", "ops", "quant", "quant_tensor"},
         BASE | {"gguf", "jinja2", "numpy", "safetensors", "tokenizers"},

@@ -1,0 +1,278 @@
+"""Modules quantised in place: their linear layers become nn.QuantLinear, embeddings stay as they are.
+
+What gptq, awq and smoothquant need of a layer's inputs, `Inputs` gathers as the module runs.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilewright import nn
+from tilewright.quant import quantisers
+from tilewright.quant_tensor import SCALE_DTYPES, QuantTensor
+
+METHODS = ("rtn", "gptq", "awq", "hqq", "smoothquant")
+WITH_INPUTS = ("gptq", "awq", "smoothquant")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How weights are quantised.  Raises ValueError where settings do not go together.
+
+    method: rtn, gptq, awq, hqq, or smoothquant (8 bits by row, inputs rounded to int8 as they come)
+    bits: 4 or 8; 0 is the method's: 8 for smoothquant, else 4
+    group: columns that share a scale, -1 for a whole row; it must divide every layer's inputs; 0 is the
+        method's: -1 for smoothquant, else 128
+    symmetric: no zero-points; hqq has none such; None is the method's: True but for hqq
+    act_order, damping: gptq's
+    skip: ends of the names of layers that stay as they are
+    """
+
+    method: str = "rtn"
+    bits: int = 0
+    group: int = 0
+    symmetric: bool = None  # type: ignore[assignment]
+    act_order: bool = False
+    damping: float = 0.01
+    scale_dtype: torch.dtype = torch.float16
+    skip: tuple[str, ...] = ("lm_head",)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"quantize: method {self.method!r} is none of {', '.join(METHODS)}")
+        by_row = self.method == "smoothquant"
+        for name, own in (("bits", 8 if by_row else 4), ("group", -1 if by_row else 128)):
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, own)
+        if self.symmetric is None:
+            object.__setattr__(self, "symmetric", self.method != "hqq")
+        if self.bits not in (4, 8):
+            raise ValueError(f"quantize: bits must be 4 or 8, not {self.bits}")
+        if self.group < 1 and self.group != -1:
+            raise ValueError(
+                f"quantize: group must be 1 or more, or -1 for a row, not {self.group}"
+            )
+        if self.bits == 4 and self.group > 0 and self.group % 2:
+            raise ValueError(f"quantize: group must be even for 4 bits, not {self.group}")
+        if not 0 <= self.damping < torch.inf:
+            raise ValueError(f"quantize: damping must be 0 or more, not {self.damping}")
+        if by_row and (self.bits, self.group, self.symmetric) != (8, -1, True):
+            told = f"{self.bits} bits, group {self.group}, symmetric {self.symmetric}"
+            raise ValueError(f"quantize: smoothquant takes 8 bits by row, symmetric, not {told}")
+        if self.method == "hqq" and self.symmetric:
+            raise ValueError("quantize: hqq has zero-points: symmetric must be False")
+        if self.act_order and self.method != "gptq":
+            raise ValueError(f"quantize: act_order is gptq's, not {self.method}'s")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"quantize: scale_dtype {self.scale_dtype} is none of {SCALE_DTYPES}")
+
+    @property
+    def activations(self) -> str:
+        """nn.QuantLinear's option."""
+        return "int8" if self.method == "smoothquant" else "float"
+
+
+class Fold(NamedTuple):
+    """Layers that share their inputs, by name, and what divides these by factors [K] where they come from."""
+
+    layers: tuple[str, ...]
+    divide: Callable[[Tensor], None]
+
+
+class Inputs:
+    """Of the inputs [..., K] of layers: the sum of x xᵀ (where asked for), and of each input the mean and the
+    maximum of |x|."""
+
+    def __init__(self, hessian: bool) -> None:
+        self.wants_hessian = hessian
+        self.hessian: Tensor | None = None
+        self.total: Tensor | None = None
+        self.largest: Tensor | None = None
+        self.count = 0
+
+    def add(self, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        size = rows.abs()
+        if self.total is None or self.largest is None:
+            self.total, self.largest = size.sum(0), size.amax(0)
+        else:
+            self.total += size.sum(0)
+            self.largest = torch.maximum(self.largest, size.amax(0))
+        if self.wants_hessian:
+            product = rows.t() @ rows
+            self.hessian = product if self.hessian is None else self.hessian.add_(product)
+        self.count += len(rows)
+
+    @property
+    def magnitude(self) -> Tensor:
+        """The mean of |x|, [K]."""
+        assert self.total is not None, "no input was added"
+        return self.total / self.count
+
+
+def linears(module: torch.nn.Module, skip: Sequence[str] = ()) -> dict[str, torch.nn.Linear]:
+    """The linear layers of a module by name, but those whose names end in one of `skip`."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if type(layer) is torch.nn.Linear and not name.endswith(tuple(skip))
+    }
+
+
+def check(layers: Mapping[str, torch.nn.Linear], config: QuantConfig) -> None:
+    """Raises ValueError, with the layer's name, where its inputs do not divide into config's groups."""
+    for name, layer in layers.items():
+        K = layer.in_features
+        size = K if config.group == -1 else config.group
+        if K % size:
+            raise ValueError(f"quantize: {name}: groups of {config.group} do not divide {K} inputs")
+        if config.bits == 4 and size % 2:
+            raise ValueError(
+                f"quantize: {name}: groups of {size} inputs of 4 bits end within a byte"
+            )
+
+
+def put(
+    module: torch.nn.Module, name: str, weight: QuantTensor, activations: str = "float"
+) -> nn.QuantLinear:
+    """nn.QuantLinear of weight in the place of the module's linear layer, whose bias it takes over.  Raises
+    ValueError where the weight is of another shape."""
+    layer = module.get_submodule(name)
+    assert isinstance(layer, torch.nn.Linear)
+    shape = (layer.out_features, layer.in_features)
+    if weight.shape != shape:
+        raise ValueError(f"quantize: {name}: a weight {list(weight.shape)} is not {list(shape)}")
+    new = nn.QuantLinear(weight, activations=activations)
+    new.bias = layer.bias
+    parent, _, last = name.rpartition(".")
+    setattr(module.get_submodule(parent), last, new.train(layer.training))
+    return new
+
+
+@torch.no_grad()
+def gather(
+    module: torch.nn.Module, config: QuantConfig, run: Callable[[], Any], folds: Iterable[Fold] = ()
+) -> dict[str, Inputs]:
+    """What each linear layer sees while `run()` runs; the sum of x xᵀ where gptq or a fold of awq's needs it.
+    Raises ValueError, with the layer's name, where one sees nothing."""
+    found: dict[str, Inputs] = {}
+    folded = {one.layers[0] for one in folds} if config.method == "awq" else set()
+    with ExitStack() as stack:
+        for name, layer in linears(module, config.skip).items():
+            seen = found[name] = Inputs(hessian=config.method == "gptq" or name in folded)
+            handle = layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.add(args[0]))
+            stack.callback(handle.remove)
+        run()
+    for name, seen in found.items():
+        if not seen.count:
+            raise ValueError(f"quantize: {name} saw no input: the calibration does not reach it")
+    return found
+
+
+def quantised(weight: Tensor, config: QuantConfig, seen: Inputs | None) -> QuantTensor:
+    """weight [N, K] by config; what awq and smoothquant change beforehand is changed already."""
+    common: dict[str, Any] = {
+        "bits": config.bits,
+        "group": config.group,
+        "scale_dtype": config.scale_dtype,
+    }
+    if config.method == "hqq":
+        return quantisers.hqq(weight, **common)
+    if config.method == "gptq":
+        if seen is None or seen.hessian is None:
+            raise ValueError(
+                "quantize: gptq needs what the layer sees: the calibration does not reach it"
+            )
+        return quantisers.gptq(
+            weight, seen.hessian, symmetric=config.symmetric, act_order=config.act_order,
+            damping=config.damping, **common,
+        )  # fmt: skip
+    return quantisers.rtn(weight, symmetric=config.symmetric, **common)
+
+
+@torch.no_grad()
+def fold(
+    module: torch.nn.Module, config: QuantConfig, seen: dict[str, Inputs], folds: Iterable[Fold]
+) -> None:
+    """awq's and smoothquant's factors, into the layers and what is before them; not where one of the layers is
+    skipped, whose weight cannot take its own."""
+    layers = linears(module, config.skip)
+    for one in folds:
+        if any(name not in layers for name in one.layers):
+            continue
+        weights = [layers[name].weight for name in one.layers]
+        inputs = seen[one.layers[0]]
+        if config.method == "awq":
+            assert inputs.hessian is not None  # gather's, by the same folds
+            factors = quantisers.awq(
+                weights, inputs.hessian, inputs.magnitude, lambda w: quantised(w, config, None)
+            )
+        else:
+            assert inputs.largest is not None
+            factors = quantisers.smoothquant(weights, inputs.largest)
+        one.divide(factors)
+        for weight in weights:
+            weight.mul_(factors.to(weight.dtype))
+
+
+@torch.no_grad()
+def replace(module: torch.nn.Module, config: QuantConfig, seen: dict[str, Inputs]) -> None:
+    """The module's linear layers by nn.QuantLinear.  Raises ValueError, with the layer's name, where one does not
+    take config, before any is replaced."""
+    made: dict[str, QuantTensor] = {}
+    for name, layer in linears(module, config.skip).items():
+        try:
+            weight = quantised(layer.weight, config, seen.get(name))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        made[name] = weight
+    for name, weight in made.items():
+        put(module, name, weight, config.activations)
+
+
+def quantize_(
+    model: torch.nn.Module,
+    config: QuantConfig,
+    calibration: Iterable[Any] | None = None,
+    folds: Sequence[Fold] = (),
+) -> torch.nn.Module:
+    """model with its linear layers quantised, in place.
+
+    calibration: what the model is called with, one after another (a tuple's parts, a mapping's by name), which
+    gptq, awq and smoothquant need.  folds say where awq's and smoothquant's factors go; without one they
+    change nothing but the rounding.  What gptq and awq gather is K² floats a layer of K inputs, at once; a
+    model too large for that is quantised layer by layer (`tilewright quantize`).  Raises ValueError where a
+    layer does not take config or is not reached, or a fold names none, before any is changed.
+    """
+    if type(model) is torch.nn.Linear:
+        raise ValueError("quantize: the model is one linear layer: give the module that holds it")
+    layers, known = linears(model, config.skip), linears(model)
+    check(layers, config)
+    for name, layer in layers.items():
+        if not bool(layer.weight.isfinite().all()):
+            raise ValueError(f"quantize: {name}: its weight holds nan or infinity")
+    for one in folds:
+        unknown = [name for name in one.layers if name not in known]
+        if unknown:
+            raise ValueError(f"quantize: a fold names {', '.join(unknown)}, no linear layers")
+    seen: dict[str, Inputs] = {}
+    if config.method in WITH_INPUTS:
+        if calibration is None:
+            raise ValueError(f"quantize: {config.method} needs a calibration")
+
+        def run() -> None:
+            for given in calibration:
+                if isinstance(given, Mapping):
+                    model(**given)
+                else:
+                    model(*(given if isinstance(given, tuple) else (given,)))
+
+        seen = gather(model, config, run, folds)
+    if config.method in ("awq", "smoothquant"):
+        fold(model, config, seen, folds)
+    replace(model, config, seen)
+    return model
