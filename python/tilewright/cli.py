@@ -1,5 +1,5 @@
-"""`tilewright generate | verify | doctor | bench | inspect | tune`; the last three are
-bench/commands.py's.
+"""`tilewright generate | quantize | eval | verify | doctor | bench | inspect | tune`; the last three
+are bench/commands.py's.
 
 What a user got wrong is one line on stderr and exit code 2; a fault that `doctor` or `verify` finds
 is exit code 1.  Each command imports what it needs, so `--help` and `doctor` work without the
@@ -63,8 +63,12 @@ DTypeOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 ActivationsOption = Annotated[
-    Activations,
-    typer.Option("--activations", help="int8: round activations to 8 bits per group, faster."),
+    Activations | None,
+    typer.Option(
+        "--activations",
+        help="int8: round activations to 8 bits per group, faster.",
+        show_default="the model's own, else float",
+    ),
 ]
 
 
@@ -82,20 +86,39 @@ def _device(name: str | None) -> torch.device | None:
     return device
 
 
+class Method(str, Enum):
+    rtn = "rtn"
+    gptq = "gptq"
+    awq = "awq"
+    hqq = "hqq"
+    smoothquant = "smoothquant"
+
+
+class Format(str, Enum):
+    compressed_tensors = "compressed-tensors"
+    gptq = "gptq"
+    hqq = "hqq"
+    gguf = "gguf"
+
+
 @contextlib.contextmanager
-def _load_bar() -> Iterator[Callable[[int, int], None]]:
-    """A load bar on stderr; nothing where that is not a terminal."""
-    columns = (TextColumn("loading layers"), BarColumn(), MofNCompleteColumn())
+def _load_bar(what: str = "loading layers") -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr; nothing where that is not a terminal."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task("loading", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _load(
-    path: Path, dtype: DType | None, device: str | None, activations: Activations, **kwargs: Any
+    path: Path,
+    dtype: DType | None,
+    device: str | None,
+    activations: Activations | None,
+    **kwargs: Any,
 ) -> Any:
     from tilewright import _native
     from tilewright.models.llama import Llama
@@ -111,7 +134,7 @@ def _load(
             path,
             dtype=wanted,
             device=place,
-            activations=activations.value,
+            activations=None if activations is None else activations.value,
             progress=progress,
             **kwargs,
         )
@@ -143,7 +166,7 @@ def generate(
     dtype: DTypeOption = None,
     threads: ThreadsOption = None,
     device: DeviceOption = None,
-    activations: ActivationsOption = Activations.float,
+    activations: ActivationsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer PROMPT with a language model, streaming; speed at the end."""
@@ -200,6 +223,116 @@ def generate(
 def _rate(count: int, seconds: float) -> float:
     """Count a second; 0 where nothing was timed."""
     return count / seconds if count > 0 and seconds > 0 else 0.0
+
+
+@app.command()
+def quantize(
+    model: ModelPath,
+    out: Annotated[
+        Path, typer.Option("--out", help="A folder to be made, or gone on with; a file for gguf.")
+    ],
+    method: Annotated[Method, typer.Option(help="rtn and hqq need no calibration.")] = Method.gptq,
+    bits: Annotated[
+        int | None, typer.Option(help="4 or 8.", show_default="4, of smoothquant 8")
+    ] = None,
+    group: Annotated[
+        int | None,
+        typer.Option(
+            help="Inputs that share a scale; -1: a whole row.",
+            show_default="128, of gguf 32, of smoothquant -1",
+        ),
+    ] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With zero-points.")] = False,
+    act_order: Annotated[
+        bool, typer.Option("--act-order", help="gptq: large inputs first.")
+    ] = False,
+    damping: Annotated[float, typer.Option(min=0.0, help="gptq's.")] = 0.01,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text; gptq, awq and smoothquant need one.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of it, at the most.")] = 64,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    format: Annotated[Format | None, typer.Option(help="Of the files; default: by method.")] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantise a language model's linear layers, one at a time; goes on where it was stopped."""
+    from tilewright.bench import perplexity
+    from tilewright.models import _quantize
+    from tilewright.models.llama import opened
+    from tilewright.quant.apply import WITH_INPUTS, QuantConfig
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if not model.exists():
+        raise FileNotFoundError(f"--model: no file or folder {model}")
+    if group is None:
+        group = 32 if format == Format.gguf else 0
+    elif group == 0:
+        raise ValueError("--group must be 1 or more, or -1 for a whole row, not 0")
+    config = QuantConfig(
+        method.value, bits or 0, group, False if asymmetric else None,  # type: ignore[arg-type]
+        act_order=act_order, damping=damping,
+    )  # fmt: skip
+    if format is None:
+        format = Format.hqq if method == Method.hqq else Format.compressed_tensors
+    ids = None
+    if method.value in WITH_INPUTS:
+        if calibration is None:
+            raise ValueError(f"--calibration: {method.value} needs a text")
+        sizes, _, tokenizer = opened(model, torch.float32, torch.device("cpu"), "float")
+        ids = perplexity.windows(tokenizer, sizes.context, calibration, window, samples)
+    with _load_bar("quantising layers") as progress:
+        _quantize.quantize(
+            model, out, config, calibration=ids, format=format.value, progress=progress
+        )
+    size, before = (
+        sum(f.stat().st_size for f in (path.glob("*.safetensors") if path.is_dir() else [path]))
+        for path in (out, model)
+    )
+    told = {
+        "out": str(out),
+        "method": method.value,
+        "bits": config.bits,
+        "bytes": size,
+        "bytes_before": before,
+    }
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    typer.echo(
+        f"{out}: {size / 1e6:.1f} MB, of {before / 1e6:.1f}; {method.value}, {config.bits} bits, {format.value}"
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelPath,
+    text: Annotated[Path, typer.Option("--perplexity", help="A text to be predicted.")],
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    most: Annotated[int | None, typer.Option(min=1, help="Windows at the most.")] = None,
+    dtype: DTypeOption = None,
+    threads: ThreadsOption = None,
+    device: DeviceOption = None,
+    activations: ActivationsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print a model's perplexity on a text."""
+    from tilewright.bench import perplexity
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if not text.is_file():
+        raise FileNotFoundError(f"--perplexity: no file {text}")
+    llama = _load(model, dtype, device, activations)
+    ids = perplexity.windows(llama.tokenizer, llama.context, text, window, most)
+    with _load_bar("windows") as progress:
+        found = perplexity.perplexity(llama, ids, progress)
+    if as_json:
+        told = {"perplexity": found, "windows": len(ids), "window": window, "tokens": ids.numel()}
+        typer.echo(json.dumps(told))
+        return
+    typer.echo(f"{len(ids)} windows of {window} tokens, perplexity {found:.4f}")
 
 
 @app.command()

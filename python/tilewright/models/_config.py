@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from tilewright.models._rope import Rope
+from tilewright.models._rope import MOST, Rope, real, whole
 from tilewright.models._tokenizer import read_json
 from tilewright.quant.gguf import GGUFFile
 
+MAX_LAYERS = 1 << 16
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -50,8 +51,16 @@ class LlamaConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"llama: {name} must be 1 or more, not {getattr(self, name)}")
-        if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
-            raise ValueError(f"llama: windows {self.windows} do not fit {self.layers} layers")
+        sizes = {*self.windows, 0}
+        if (
+            (self.windows and len(self.windows) != self.layers)
+            or min(sizes) < 0
+            or max(sizes) > MOST
+        ):
+            raise ValueError(
+                f"llama: {len(self.windows)} windows of {min(sizes)} to {max(sizes)} keys do not fit"
+                f" {self.layers} layers"
+            )
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"llama: {self.heads} heads do not divide into {self.kv_heads} kv heads"
@@ -68,34 +77,41 @@ class LlamaConfig:
             raise ValueError(f"{path}: unknown architecture {kind!r}; known are {known}")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"{path}: hidden_act {config['hidden_act']!r} is not silu")
-        if config.get("quantization_config"):
-            raise ValueError(f"{path}: quantization_config is not read yet; use a GGUF")
+
+        def count(name: str, default: Any = None) -> int:
+            value = config.get(name)
+            if not value and default is not None:
+                return default
+            return whole(name, config[name])
+
         try:
-            heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-            head_dim = int(config.get("head_dim") or hidden // max(heads, 1))
+            heads, hidden = count("num_attention_heads"), count("hidden_size")
+            head_dim = count("head_dim", hidden // max(heads, 1))
             eos = config.get("eos_token_id")
             if (path / "generation_config.json").is_file():
                 eos = read_json(path / "generation_config.json").get("eos_token_id", eos)
             return cls(
-                layers=int(config["num_hidden_layers"]),
+                layers=count("num_hidden_layers"),
                 hidden_size=hidden,
-                ffn_size=int(config["intermediate_size"]),
+                ffn_size=count("intermediate_size"),
                 heads=heads,
-                kv_heads=int(config.get("num_key_value_heads") or heads),
+                kv_heads=count("num_key_value_heads", heads),
                 head_dim=head_dim,
-                vocab_size=int(config["vocab_size"]),
-                norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                context=int(config["max_position_embeddings"]),
+                vocab_size=count("vocab_size"),
+                norm_eps=real("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+                context=count("max_position_embeddings"),
                 rope=Rope.from_config(config, head_dim),
                 qk_norm=kind == "qwen3",
                 windows=_windows(config, kind),
                 eos=tuple(
-                    int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None
+                    whole("eos_token_id", i)
+                    for i in (eos if isinstance(eos, list) else [eos])
+                    if i is not None
                 ),
             )
         except KeyError as error:
             raise ValueError(f"{path / 'config.json'}: {error.args[0]} is missing") from error
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path / 'config.json'}: {error}") from error
 
     @classmethod
@@ -112,42 +128,56 @@ class LlamaConfig:
                 raise ValueError(f"{file.path}: metadata {kind}.{name} is missing")
             return value
 
+        def count(name: str, default: Any = None) -> int:
+            return whole(f"metadata {kind}.{name}", get(name, default))
+
+        def number(name: str, default: Any = None) -> float:
+            return real(f"metadata {kind}.{name}", get(name, default))
+
         if get("expert_count", 0):
             raise ValueError(f"{file.path}: a mixture of experts is not a Llama")
         try:
-            heads, hidden = int(get("attention.head_count")), int(get("embedding_length"))
-            head_dim = int(get("attention.key_length", hidden // max(heads, 1)))
-            context = int(get("context_length"))
+            heads, hidden = count("attention.head_count"), count("embedding_length")
+            head_dim = count("attention.key_length", hidden // max(heads, 1))
+            context = count("context_length")
             rule = str(get("rope.scaling.type", "default"))
             divisors: tuple[float, ...] = ()
             if "rope_freqs.weight" in file.tensors:
                 divisors = tuple(file.dense("rope_freqs.weight", torch.float32).tolist())
             rope = Rope(
-                dim=int(get("rope.dimension_count", head_dim)),
-                theta=float(get("rope.freq_base", 10000.0)),
+                dim=count("rope.dimension_count", head_dim),
+                theta=number("rope.freq_base", 10000.0),
                 rule="default" if rule == "none" else rule,
                 context=context,
-                original_context=int(get("rope.scaling.original_context_length", context)),
-                factor=float(get("rope.scaling.factor", 1.0)),
+                original_context=count("rope.scaling.original_context_length", context),
+                factor=number("rope.scaling.factor", 1.0),
                 divisors=divisors,
             )
             ends = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot"))
-            eos: list[Any] = [file.metadata.get(key) for key in ends]
+            eos = {key: file.metadata.get(key) for key in ends}
+            vocab_size = math.prod(file.info("token_embd.weight").shape[:1])
+            tokens = file.metadata.get("tokenizer.ggml.tokens")
+            if isinstance(tokens, list) and len(tokens) != vocab_size:
+                raise ValueError(
+                    f"tensor token_embd.weight has {vocab_size} rows for {len(tokens)} tokens"
+                )
             return cls(
-                layers=int(get("block_count")),
+                layers=count("block_count"),
                 hidden_size=hidden,
-                ffn_size=int(get("feed_forward_length")),
+                ffn_size=count("feed_forward_length"),
                 heads=heads,
-                kv_heads=int(get("attention.head_count_kv", heads)),
+                kv_heads=count("attention.head_count_kv", heads),
                 head_dim=head_dim,
-                vocab_size=math.prod(file.info("token_embd.weight").shape[:1]),
-                norm_eps=float(get("attention.layer_norm_rms_epsilon")),
+                vocab_size=vocab_size,
+                norm_eps=number("attention.layer_norm_rms_epsilon"),
                 context=context,
                 rope=rope,
                 qk_norm=kind == "qwen3",
-                eos=tuple(sorted({int(i) for i in eos if i is not None})),
+                eos=tuple(
+                    sorted({whole(f"metadata {k}", i) for k, i in eos.items() if i is not None})
+                ),
             )
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             told = str(error).removeprefix(f"{file.path}: ")
             raise ValueError(f"{file.path}: {told}") from error
 
@@ -155,11 +185,17 @@ class LlamaConfig:
 def _windows(config: Mapping[str, Any], kind: str) -> tuple[int, ...]:
     """Each layer's window, as transformers has it: of the layers that layer_types names, else of those from
     max_window_layers on."""
-    window, layers = int(config.get("sliding_window") or 0), int(config["num_hidden_layers"])
+    window = whole("sliding_window", config.get("sliding_window") or 0)
+    layers = whole("num_hidden_layers", config["num_hidden_layers"])
     if not window or not config.get("use_sliding_window", kind == "mistral"):
         return ()
+    if layers > MAX_LAYERS:  # before each gets a number
+        raise ValueError(f"num_hidden_layers {layers} is more than {MAX_LAYERS}")
     kinds = config.get("layer_types")
     if kinds is None:
-        first = int(config.get("max_window_layers", 0)) if kind != "mistral" else 0
+        first = whole("max_window_layers", config.get("max_window_layers", 0))
+        first = first if kind != "mistral" else 0
         return tuple(window if i >= first else 0 for i in range(layers))
+    if not isinstance(kinds, list):
+        raise ValueError(f"layer_types must be a list, not {kinds!r}")
     return tuple(window if each == "sliding_attention" else 0 for each in kinds)

@@ -12,6 +12,7 @@ rescale them:
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOST = 1 << 62  # positions: beyond, no int64 counts them
 RULES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+def whole(name: str, value: Any) -> int:
+    """value, a whole number.  Raises ValueError where it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1 != 0:
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    return int(value)
+
+
+def real(name: str, value: Any) -> float:
+    """value, a finite number.  Raises ValueError where it is none."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    return float(value)
+
+
+def reals(name: str, value: Any) -> tuple[float, ...]:
+    """value, a list of finite numbers.  Raises ValueError where it is none."""
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name} must be a list of numbers, not {value!r}")
+    return tuple(real(name, x) for x in value)
 
 
 @dataclass(frozen=True)
@@ -28,7 +52,7 @@ class Rope:
 
     original_context is the length it was pretrained at; divisors, where given, divide the
     frequencies one by one (GGUF's rope_freqs tensor).  Raises ValueError for an unknown rule, an
-    odd dim, or factors of the wrong length.
+    odd dim, numbers that a rule cannot count with, or factors of the wrong length.
     """
 
     dim: int
@@ -54,8 +78,22 @@ class Rope:
             raise ValueError(f"rope: unknown rule {self.rule!r}; known are {', '.join(RULES)}")
         if self.dim <= 0 or self.dim % 2:
             raise ValueError(f"rope: dim {self.dim} is not even and positive")
-        if self.theta <= 0 or self.factor <= 0:
-            raise ValueError(f"rope: theta {self.theta} and factor {self.factor} must be positive")
+        if self.rule == "dynamic" and self.dim == 2:
+            raise ValueError("rope: the rule dynamic needs a dim above 2")
+        if self.rule == "yarn" and self.theta == 1:
+            raise ValueError("rope: the rule yarn needs a theta other than 1")
+        for name in ("theta", "factor", "beta_fast", "beta_slow"):
+            most = (
+                MOST if name.startswith("beta") else math.inf
+            )  # yarn takes a logarithm of the betas
+            if not 1 / most < getattr(self, name) < most:
+                raise ValueError(f"rope: {name} must be positive, not {getattr(self, name)}")
+        least = 2 if self.rule == "longrope" else 1  # which divides by its logarithm
+        if not least <= self.original_context <= MOST or not 1 <= self.context <= MOST:
+            raise ValueError(
+                f"rope: context {self.context} and original context {self.original_context} must be"
+                f" {least} to {MOST}"
+            )
         for name in ("short_factor", "long_factor", "divisors"):
             n = len(getattr(self, name))
             if n != self.dim // 2 and (n or (self.rule == "longrope" and name != "divisors")):
@@ -64,39 +102,51 @@ class Rope:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], head_dim: int) -> "Rope":
         """The rule in a Hugging Face config.json, old spelling (rope_scaling) or new."""
-        given = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-        context = int(config["max_position_embeddings"])
-        original = config.get("original_max_position_embeddings") or given.get(
-            "original_max_position_embeddings"
-        )
-        rule = given.get("rope_type") or given.get("type") or "default"
-        partial = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+        given: dict[str, Any] = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            more = config.get(key) or {}
+            if not isinstance(more, Mapping):
+                raise ValueError(f"{key} must be an object, not {more!r}")
+            given |= more
+
+        def number(name: str, *otherwise: Any) -> Any:
+            """The first that is there and is not 0."""
+            return next((x for x in (given.get(name), *otherwise) if x), None)
+
+        context = whole("max_position_embeddings", config["max_position_embeddings"])
+        name = "original_max_position_embeddings"
+        original = config.get(name) or given.get(name)
+        original = None if not original else whole(name, original)
+        rule = number("rope_type", given.get("type"), "default")
+        name = "partial_rotary_factor"
+        partial = real(name, number(name, config.get(name), 1.0))
         factor = given.get("factor")
         if factor is None:
             factor = context / original if original and rule in ("yarn", "longrope") else 1.0
-        optional = {
-            name: given[name]
+        optional: dict[str, Any] = {
+            name: real(name, given[name])
             for name in (
                 "low_freq_factor",
                 "high_freq_factor",
                 "beta_fast",
                 "beta_slow",
-                "truncate",
                 "attention_factor",
                 "mscale",
                 "mscale_all_dim",
             )
             if given.get(name) is not None
         }
+        if given.get("truncate") is not None:
+            optional["truncate"] = bool(given["truncate"])
         return cls(
             dim=int(head_dim * partial),
-            theta=float(given.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            theta=real("rope_theta", number("rope_theta", config.get("rope_theta"), 10000.0)),
             rule=rule,
             context=context,
-            original_context=int(original or context),
-            factor=float(factor),
-            short_factor=tuple(given.get("short_factor") or ()),
-            long_factor=tuple(given.get("long_factor") or ()),
+            original_context=original or context,
+            factor=real("factor", factor),
+            short_factor=reals("short_factor", given.get("short_factor") or ()),
+            long_factor=reals("long_factor", given.get("long_factor") or ()),
             **optional,
         )
 

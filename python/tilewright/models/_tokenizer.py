@@ -26,7 +26,7 @@ from tokenizers.models import BPE
 
 Message = Mapping[str, Any]
 
-CONTROL, USER_DEFINED = 3, 4  # GGUF token types
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # GGUF token types
 REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 
 _GPT2 = ""  # ByteLevel's own pattern
@@ -90,12 +90,16 @@ class Tokenizer:
         def id_of(name: str) -> int | None:
             token = config.get(name)
             token = token.get("content") if isinstance(token, dict) else token
+            if token is not None and not isinstance(token, str):
+                raise ValueError(f"{path / 'tokenizer_config.json'}: {name} is no text: {token!r}")
             return None if token is None else backend.token_to_id(token)
 
         template = config.get("chat_template")
         if isinstance(template, list):  # several, named
-            named = {t["name"]: t["template"] for t in template}
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
             template = named.get("default")
+        if not isinstance(template, (str, type(None))):
+            raise ValueError(f"{path / 'tokenizer_config.json'}: chat_template is no text")
         if (path / "chat_template.jinja").is_file():
             template = (path / "chat_template.jinja").read_text(encoding="utf-8")
         return cls(backend, bos=id_of("bos_token"), eos=id_of("eos_token"), chat_template=template)
@@ -111,8 +115,10 @@ class Tokenizer:
             return metadata.get(f"tokenizer.ggml.{name}", default)
 
         tokens = get("tokens")
-        if not isinstance(tokens, list) or not tokens:
-            raise ValueError(f"{where}: metadata tokenizer.ggml.tokens is missing")
+        if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
+            raise ValueError(
+                f"{where}: metadata tokenizer.ggml.tokens is missing or no list of texts"
+            )
         bos, eos, kind = get("bos_token_id"), get("eos_token_id"), get("model")
         for name, token in (("bos", bos), ("eos", eos), ("unknown", get("unknown_token_id"))):
             if token is not None and (not isinstance(token, int) or not 0 <= token < len(tokens)):
@@ -131,9 +137,10 @@ class Tokenizer:
                 raise ValueError(f"tokeniser kind {kind!r} is unknown; known are gpt2, llama")
         except Exception as error:  # tokenizers raises bare Exception for bad merges
             raise ValueError(f"{where}: {error}") from error
-        types = get("token_type") or []
-        if types and len(types) != len(tokens):
-            raise ValueError(f"{where}: {len(types)} token types for {len(tokens)} tokens")
+        types = get("token_type", [])
+        if not isinstance(types, list) or (types and len(types) != len(tokens)):
+            told = len(types) if isinstance(types, list) else repr(types)
+            raise ValueError(f"{where}: {told} token types for {len(tokens)} tokens")
         named = {i for i in (bos, eos, get("unknown_token_id")) if i is not None}
         special = sorted(named | {i for i, t in enumerate(types) if t == CONTROL})
         backend.add_special_tokens([_added(tokens[i], special=True) for i in special])
@@ -144,7 +151,40 @@ class Tokenizer:
                 single=[tokens[bos], "$A"], pair=None, special_tokens=[(tokens[bos], bos)]
             )
         template = metadata.get("tokenizer.chat_template")
+        if not isinstance(template, (str, type(None))):
+            raise ValueError(f"{where}: metadata tokenizer.chat_template is no text: {template!r}")
         return cls(backend, bos=bos, eos=eos, chat_template=template)
+
+    def to_gguf(self, vocab_size: int, eos: Sequence[int] = ()) -> dict[str, Any]:
+        """A GGUF's metadata of this byte-level BPE for `vocab_size` tokens; from_gguf's inverse.
+
+        eos are the ids that end a text, where the tokeniser knows more or other than its own.  Raises
+        ValueError where it is of another kind, splits text as no pre-tokeniser of llama.cpp does that is known
+        here, or has more tokens.
+        """
+        told = json.loads(self.backend.to_str())
+        pre = _pre_name(told)
+        tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+        types = [UNUSED] * vocab_size
+        added = {t["id"]: t for t in told["added_tokens"]}
+        known = {i: token for token, i in told["model"]["vocab"].items()}
+        for i, token in (known | {i: t["content"] for i, t in added.items()}).items():
+            if i >= vocab_size:
+                raise ValueError(f"token {i}, {token!r}, is outside the model's {vocab_size}")
+            tokens[i], types[i] = token, NORMAL
+            if i in added:
+                types[i] = CONTROL if added[i]["special"] else USER_DEFINED
+        pairs = (m if isinstance(m, str) else " ".join(m) for m in told["model"]["merges"])
+        found: dict[str, Any] = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types}
+        found["merges"] = list(pairs)
+        first = self.eos if self.eos is not None else next(iter(eos), None)
+        ids = {"bos": self.bos, "eos": first, "eot": next((i for i in eos if i != first), None)}
+        found |= {f"{name}_token_id": i for name, i in ids.items() if i is not None}
+        found["add_bos_token"] = self.bos is not None and self.encode("a")[:1] == [self.bos]
+        found = {f"tokenizer.ggml.{name}": value for name, value in found.items()}
+        if self.chat_template is not None:
+            found["tokenizer.chat_template"] = self.chat_template
+        return found
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of text, with the begin token where the model wants one and `special` is true."""
@@ -232,7 +272,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
@@ -269,6 +309,39 @@ def _byte_level(tokens: list[str], merges: list[str] | None, pre: str) -> Backen
         backend.pre_tokenizer = level
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _pre_name(told: Mapping[str, Any]) -> str:
+    """The pre-tokeniser of a tokenizer.json, by llama.cpp's name for it.  Raises ValueError where it is no
+    byte-level BPE, or it has none."""
+    model, kind = told["model"], told["pre_tokenizer"] or {}
+    parts = kind.get("pretokenizers", [kind])
+    if model["type"] != "BPE" or parts[-1].get("type") != "ByteLevel" or model["byte_fallback"]:
+        raise ValueError(
+            f"a GGUF is written of byte-level BPE, not of {model['type']} split by"
+            f" {', '.join(str(p.get('type')) for p in parts)}"
+        )
+
+    def way(told: Mapping[str, Any]) -> Any:
+        kind = told["pre_tokenizer"]
+        parts = kind.get("pretokenizers", [kind])
+        # trim_offsets says where tokens are said to be, not what they are
+        return [{k: v for k, v in p.items() if k != "trim_offsets"} for p in parts]
+
+    split = way(told)
+    if split[0] == {"type": "Digits", "individual_digits": True}:
+        split, names = split[1:], ["smollm"]
+    else:
+        names = [name for name in PATTERNS if name not in ("default", "smollm")]
+    for name in names:
+        ours = json.loads(_byte_level(["a"], [], name).to_str())
+        alike = all(told["model"][n] == ours["model"][n] for n in ("ignore_merges", "dropout"))
+        if split == way(ours) and told["normalizer"] == ours["normalizer"] and alike:
+            return name
+    raise ValueError(
+        f"a GGUF names how text is split, and none of {', '.join(PATTERNS)} is"
+        f" {json.dumps(told['normalizer'])}, {json.dumps(split)}"
+    )
 
 
 def _sentence_piece(

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from tilewright import nn
 from tilewright.models._tokenizer import read_json
-from tilewright.quant.gguf import QUANT_BYTES, GGUFFile
+from tilewright.quant import checkpoint
+from tilewright.quant._gguf_blocks import KINDS
+from tilewright.quant.gguf import GGUFFile
+from tilewright.quant_tensor import QuantTensor
 
 
 class Concat(torch.nn.ModuleList):
@@ -36,13 +39,40 @@ def _dense(weight: Tensor, bias: Tensor | None) -> torch.nn.Linear:
 
 
 class Folder:
-    """A Hugging Face folder: config.json and model.safetensors, or its shards."""
+    """A Hugging Face folder: config.json and model.safetensors, or its shards.
 
-    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+    Layers that its quantization_config names stay quantised.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        activations: str | None,
+        config: dict[str, Any] | None = None,
+        files: dict[str, str] | None = None,
+    ) -> None:
+        """activations None is what the configuration says; config and files, by tensor, where the folder does
+        not have its own yet."""
         self.path, self.dtype, self.device = path, dtype, device
-        self.config = read_json(path / "config.json")
+        self.config = read_json(path / "config.json") if config is None else config
         self._open: dict[str, Any] = {}
-        self._files = self._index()
+        self._files = self._index() if files is None else files
+        self._read_layer: checkpoint.Read | None = None
+        self._layer_names: tuple[str, ...] = ()
+        settings = self.config.get("quantization_config")
+        self.activations = activations or "float"
+        if settings:
+            try:
+                self._read_layer, self._layer_names = (
+                    checkpoint.reader(settings),
+                    checkpoint.names(settings),
+                )
+                self.activations = activations or checkpoint.activations(settings)
+            except ValueError as error:
+                raise ValueError(f"{path / 'config.json'}: {error}") from error
 
     def _index(self) -> dict[str, str]:
         """Tensor name -> file."""
@@ -51,6 +81,9 @@ class Folder:
             files = read_json(index).get("weight_map")
             if not isinstance(files, dict):
                 raise ValueError(f"{index}: weight_map is missing")
+            for name, file in files.items():
+                if not isinstance(file, str):
+                    raise ValueError(f"{index}: weight_map names no file for {name}: {file!r}")
             return files
         if not single.is_file():
             raise FileNotFoundError(f"{single}: no such file, and no model.safetensors.index.json")
@@ -74,8 +107,22 @@ class Folder:
         """Bytes of the weight files."""
         return sum((self.path / name).stat().st_size for name in set(self._files.values()))
 
+    @property
+    def files(self) -> list[Path]:
+        """config.json, where it is there, and the weight files."""
+        names = ["config.json", *sorted(set(self._files.values()))]
+        return [self.path / name for name in names if (self.path / name).is_file()]
+
     def has(self, name: str) -> bool:
         return name in self._files
+
+    def has_linear(self, name: str) -> bool:
+        """Whether there is a linear layer of that name, quantised or not."""
+        return self.has(f"{name}.weight") or self._is_quantised(name)
+
+    def kind(self, name: str) -> str:
+        """The dtype of tensor `name` as safetensors spells it: F32, BF16."""
+        return self._slice(name).get_dtype()
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
         """Tensor `name` of a known shape, in the model's dtype."""
@@ -83,28 +130,41 @@ class Folder:
 
     def _read(self, name: str, shape: Sequence[int]) -> Tensor:
         self._check(name, shape)
-        t = self._file(self._files[name]).get_tensor(name)
+        t = self._whole(name)
         if not t.is_floating_point() or t.dtype.itemsize == 1:
             raise ValueError(
                 f"{self.path}: tensor {name} is {t.dtype}, not a float this model reads"
             )
         return t
 
-    def _check(self, name: str, shape: Sequence[int]) -> None:
+    def _slice(self, name: str) -> Any:
+        """What safetensors knows of tensor `name` without reading it."""
+        return self._asked(name, "get_slice")
+
+    def _whole(self, name: str) -> Tensor:
+        return self._asked(name, "get_tensor")
+
+    def _asked(self, name: str, how: str) -> Any:
         import safetensors
 
         if name not in self._files:
             raise ValueError(f"{self.path}: tensor {name} is missing")
+        file = self._file(self._files[name])
         try:
-            got = self._file(self._files[name]).get_slice(name).get_shape()
+            return getattr(file, how)(name)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{self.path / self._files[name]}: tensor {name}: {error}") from error
-        _check_shape(self.path, name, got, shape)
+
+    def _check(self, name: str, shape: Sequence[int]) -> None:
+        _check_shape(self.path, name, self._slice(name).get_shape(), shape)
 
     def linear(
         self, names: Sequence[str], outs: Sequence[int], in_features: int, heads: Sequence[int] = ()
     ) -> torch.nn.Module:
         """One linear of the matrices `names` stacked, `outs` rows each, with their biases."""
+        quantised = [self._is_quantised(name) for name in names]
+        if any(quantised):
+            return self._quantised(names, outs, in_features, all(quantised))
         N = sum(outs)
         for name, n in zip(names, outs, strict=True):  # before a wrong size is allocated
             self._check(f"{name}.weight", (n, in_features))
@@ -119,6 +179,61 @@ class Folder:
                 bias[first : first + n] = self._read(f"{name}.bias", (n,))
             first += n
         return _dense(weight, bias)
+
+    def _is_quantised(self, name: str) -> bool:
+        """Whether layer `name` is; one whose weight is a plain float is not."""
+        if self._read_layer is None:
+            return False
+        weight = f"{name}.weight"
+        if weight not in self._files:
+            return any(self.has(f"{name}.{part}") for part in self._layer_names)
+        return self.kind(weight) in ("I8", "U8")
+
+    def _quantised(
+        self, names: Sequence[str], outs: Sequence[int], in_features: int, whole: bool
+    ) -> torch.nn.Module:
+        weights = []
+        if whole:
+            for name, n in zip(names, outs, strict=True):
+                w = self._quant_tensor(name)
+                _check_shape(self.path, name, w.shape, (n, in_features))
+                weights.append(w)
+            stacked = QuantTensor.stacked(weights) if len(weights) > 1 else weights[0]
+            if stacked is not None:
+                bias = self._biases(names, outs)
+                return nn.QuantLinear(stacked, bias, activations=self.activations).to(self.device)
+        return Concat(
+            [self.linear([name], [n], in_features) for name, n in zip(names, outs, strict=True)]
+        )
+
+    def _quant_tensor(self, name: str) -> QuantTensor:
+        found = {}
+        for part in self._layer_names:
+            whole = f"{name}.{part}"
+            if self.has(whole):
+                found[part] = self._whole(whole)
+        assert self._read_layer is not None
+        try:
+            return self._read_layer(name, found)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+    def _biases(self, names: Sequence[str], outs: Sequence[int]) -> Tensor | None:
+        if not any(self.has(f"{name}.bias") for name in names):
+            return None
+        parts = [
+            self.tensor(f"{name}.bias", (n,))
+            if self.has(f"{name}.bias")
+            else torch.zeros(n, dtype=self.dtype, device=self.device)
+            for name, n in zip(names, outs, strict=True)
+        ]
+        return torch.cat(parts)
+
+
+def half_split(n: int, heads: int) -> Tensor:
+    """The order in which to take n rows (head, i, half), as interleaved rotation has them, for ours, (head,
+    half, i)."""
+    return torch.arange(n).view(heads, -1, 2).transpose(1, 2).reshape(-1)
 
 
 class GGUF:
@@ -153,8 +268,16 @@ class GGUF:
         """Bytes of the file."""
         return self.file.path.stat().st_size
 
+    @property
+    def files(self) -> list[Path]:
+        return [self.file.path]
+
     def has(self, name: str) -> bool:
         return self._name(name) in self.file.tensors
+
+    def has_linear(self, name: str) -> bool:
+        """Whether there is a linear layer of that name."""
+        return self.has(f"{name}.weight")
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
         """Tensor `name` of a known shape, in the model's dtype."""
@@ -177,7 +300,7 @@ class GGUF:
             _check_shape(self.file.path, name, self.file.info(name).shape, (n, in_features))
         kinds = [self.file.info(name).type for name in theirs]
         rows = [self._order(n, h) for n, h in zip(outs, heads or [0] * len(outs), strict=True)]
-        is_quantised = [kind in QUANT_BYTES for kind in kinds]
+        is_quantised = [kind in KINDS for kind in kinds]
         if len(set(kinds)) > 1 and any(is_quantised):
             heads = heads or [0] * len(names)
             parts = zip(names, outs, heads, strict=True)
@@ -194,10 +317,10 @@ class GGUF:
         return _dense(stacked, bias)
 
     def _order(self, n: int, heads: int) -> Tensor | None:
-        """The rows of theirs in our order: theirs is (head, i, half), ours (head, half, i)."""
+        """The rows of theirs in our order."""
         if not self.interleaved or not heads:
             return None
-        return torch.arange(n).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+        return half_split(n, heads)
 
     def _bias(
         self, names: Sequence[str], outs: Sequence[int], rows: Sequence[Tensor | None]

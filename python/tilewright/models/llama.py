@@ -100,7 +100,7 @@ class Generation:
     activations: str
 
 
-class _Layer(torch.nn.Module):
+class Layer(torch.nn.Module):
     def __init__(self, config: LlamaConfig, source: Folder | GGUF, index: int) -> None:
         super().__init__()
         c, at = config, f"model.layers.{index}"
@@ -160,6 +160,33 @@ class _Layer(torch.nn.Module):
         return parts["down"](ops.swiglu(parts["gate_up"](n))), residual
 
 
+def opened(
+    path: Path, dtype: torch.dtype, device: torch.device, activations: str | None
+) -> tuple[LlamaConfig, Folder | GGUF, Tokenizer | None]:
+    """Sizes, weights and tokeniser of a Hugging Face folder or a GGUF file; raises as from_pretrained does."""
+    source: Folder | GGUF
+    tokenizer: Tokenizer | None = None
+    if path.is_dir():
+        source = Folder(path, dtype, device, activations=activations)
+        config = LlamaConfig.from_folder(source.config, path)
+        if not source.has_linear("lm_head") and source.config.get("tie_word_embeddings") is False:
+            raise ValueError(f"{path}: tensor lm_head.weight is missing")
+        if (path / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_folder(path)
+    else:
+        file = GGUFFile(path)
+        config = LlamaConfig.from_gguf(file)
+        is_interleaved = file.metadata["general.architecture"] == "llama"
+        if "tokenizer.ggml.model" in file.metadata:
+            tokenizer = Tokenizer.from_gguf(file.metadata, path)
+        file.metadata.clear()  # lists of every token and merge
+        source = GGUF(
+            file, GGUF_NAMES, dtype, device,
+            interleaved=is_interleaved, activations=activations or "float",
+        )  # fmt: skip
+    return config, source, tokenizer
+
+
 class Llama(torch.nn.Module):
     """The model; from_pretrained makes one.  `tokenizer` is None where the files hold none."""
 
@@ -180,7 +207,7 @@ class Llama(torch.nn.Module):
         self.tokenizer = tokenizer
         self.activations = getattr(source, "activations", "float")
         embedding = ["model.embed_tokens"], [c.vocab_size], c.hidden_size
-        is_tied = not source.has("lm_head.weight")
+        is_tied = not source.has_linear("lm_head")
         self.embedding = source.linear(*embedding)
         self.head = (
             self.embedding if is_tied else source.linear(["lm_head"], [c.vocab_size], c.hidden_size)
@@ -189,7 +216,7 @@ class Llama(torch.nn.Module):
         for i in range(c.layers):
             if progress is not None:
                 progress(source.nbytes * i // c.layers, source.nbytes)
-            layers.append(_Layer(c, source, i))
+            layers.append(Layer(c, source, i))
         self.layers = torch.nn.ModuleList(layers)
         self.norm = _norm(source, "model.norm", c.hidden_size, c.norm_eps)
         if progress is not None:
@@ -204,14 +231,15 @@ class Llama(torch.nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         max_context: int | None = None,
-        activations: str = "float",
+        activations: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> "Llama":
         """Load a Hugging Face folder or a GGUF file; quantised weights stay quantised.
 
         dtype (float32 on a CPU, bfloat16 on a GPU where None) is that of activations and of weights
         that are not quantised.  max_context bounds the context below the model's own.
-        activations is nn.QuantLinear's: "int8" rounds what enters a quantised layer.  progress is
+        activations is nn.QuantLinear's: "int8" rounds what enters a quantised layer; None is what a
+        folder's configuration says, else "float".  progress is
         called with bytes done and bytes in all.  Raises FileNotFoundError where a file is missing,
         ValueError where one is corrupt, of an unknown architecture or type, or lacks a tensor.
         """
@@ -220,31 +248,9 @@ class Llama(torch.nn.Module):
             dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"llama: dtype must be float32, bfloat16 or float16, not {dtype}")
-        if activations not in ("float", "int8"):
+        if activations not in (None, "float", "int8"):
             raise ValueError(f"llama: activations must be 'float' or 'int8', not {activations!r}")
-        source: Folder | GGUF
-        tokenizer: Tokenizer | None = None
-        if path.is_dir():
-            source = Folder(path, dtype, place)
-            config = LlamaConfig.from_folder(source.config, path)
-            if (
-                not source.has("lm_head.weight")
-                and source.config.get("tie_word_embeddings") is False
-            ):
-                raise ValueError(f"{path}: tensor lm_head.weight is missing")
-            if (path / "tokenizer.json").is_file():
-                tokenizer = Tokenizer.from_folder(path)
-        else:
-            file = GGUFFile(path)
-            config = LlamaConfig.from_gguf(file)
-            is_interleaved = file.metadata["general.architecture"] == "llama"
-            if "tokenizer.ggml.model" in file.metadata:
-                tokenizer = Tokenizer.from_gguf(file.metadata, path)
-            file.metadata.clear()  # lists of every token and merge
-            source = GGUF(
-                file, GGUF_NAMES, dtype, place,
-                interleaved=is_interleaved, activations=activations,
-            )  # fmt: skip
+        config, source, tokenizer = opened(path, dtype, place, activations)
         return cls(config, source, tokenizer, max_context=max_context, progress=progress).eval()
 
     @property
