@@ -1,12 +1,13 @@
-"""attn_implementation="tilewright" for the models of transformers.
+"""attn_implementation="tilewright" and quantization_config=TilewrightConfig(...) for the models of transformers.
 
 transformers asks an attention implementation for two functions: one makes the mask, once a forward, the
 other attends, once a layer.  Ours makes ranges of keys of any mask whose rows each see neighbours: causal,
 window, chunk, padding left or right, packed documents.  Other masks (padding between keys) and position
-biases are added to the scores.
+biases are added to the scores.  Quantisation is told in transformers_quantizer.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,13 @@ from torch import Tensor
 from tilewright import ops
 from tilewright.masks import additive, hull
 
+if TYPE_CHECKING:
+    from tilewright.interop.transformers_quantizer import TilewrightConfig, load_quantized
+
+__all__ = [
+    "NAME", "TilewrightConfig", "attention_forward", "attention_mask", "load_quantized",
+    "register_attention", "register_quantizer",
+]  # fmt: skip
 NAME = "tilewright"
 PART = 1 << 22  # elements of a mask that are looked at together
 
@@ -28,6 +36,22 @@ def register_attention() -> str:
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
     return NAME
+
+
+def register_quantizer() -> str:
+    """Make folders that a quantised model was saved to known to transformers; returns their quant_method.
+
+    An import of TilewrightConfig does the same.  ImportError where transformers is not installed, or too old.
+    """
+    import_module("tilewright.interop.transformers_quantizer")
+    return NAME
+
+
+def __getattr__(name: str) -> Any:
+    # the attention above is there without transformers' quantisers
+    if name in ("TilewrightConfig", "load_quantized"):
+        return getattr(import_module("tilewright.interop.transformers_quantizer"), name)
+    raise AttributeError(f"module 'tilewright.interop.transformers' has no attribute {name!r}")
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
