@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tilewright.bench import harness
 from tilewright.quant import apply, checkpoint
-from tilewright.quant.apply import quantize_
+from tilewright.quant.apply import QuantConfig, quantize_
 
 transformers = pytest.importorskip("transformers")
 
@@ -98,3 +98,17 @@ def test_folders_that_cannot_be_read(tmp_path):
         save_file({n: t for n, t in tensors.items() if n != f"{layer}.{part}"}, folder / "model.safetensors")  # fmt: skip
         with pytest.raises(RuntimeError, match="conversion of the weights"):
             load_quantized(folder)
+
+
+def test_inputs_that_are_rounded_stay_so(tmp_path):
+    """W8A8, which a folder of compressed-tensors says and one of ours too."""
+    from tilewright.models._quantize import quantize
+
+    ids = torch.randint(0, 32, (4, 16))
+    quantize(saved(tmp_path), tmp_path / "theirs", QuantConfig("smoothquant"), calibration=ids)
+    model = load_quantized(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "ours")
+    again = Auto.from_pretrained(tmp_path / "ours")
+    for one in (model, again):
+        assert {one.get_submodule(name).activations for name in quantised(one)} == {"int8"}
+    assert_same(again, model)

@@ -309,7 +309,7 @@ def test_weights_that_cannot_be_quantised(tmp_path):
         ({"group": -2}, "group must be 1 or more, or -1 for a row, not -2"),
         ({"group": 1}, "group must be even for 4 bits, not 1"),
         ({"method": "exl2"}, "method 'exl2' is none of rtn"),
-        ({"method": "hqq"}, "hqq has zero-points: symmetric must be False"),
+        ({"method": "hqq", "symmetric": True}, "hqq has zero-points: symmetric must be False"),
         ({"scale_dtype": torch.int8}, "scale_dtype torch.int8 is none of"),
         ({"scale_dtype": "float1"}, "scale_dtype float1 is none of"),
         ({"modules_to_not_convert": "lm_head"}, "must be names, not 'lm_head'"),

@@ -153,6 +153,8 @@ def test_into_a_gguf(method, model, text, tmp_path, capsys):
         (["--method", "hqq", "--format", "gguf"], "format gguf has no method hqq, no asymmetric"),
         (["--method", "rtn", "--group", 48], "groups of 48 do not divide the model's 64 inputs"),
         (["--method", "rtn", "--bits", 5], "bits must be 4 or 8, not 5"),
+        (["--method", "rtn", "--bits", 0], "--bits must be 4 or 8, not 0"),
+        (["--method", "rtn", "--group", 0], "--group must be 1 or more, or -1"),
         (["--method", "hqq", "--group", 32, "--format", "gptq"], "hqq's zero-points"),
         (["--method", "exl2"], "exl2"),
     ],

@@ -179,9 +179,12 @@ def test_goes_on_where_it_was_stopped(name, model, tmp_path):
     assert len(kept) == 2 and (parts / PLAN).is_file() and not (parts / "config.json").exists()
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         Llama.from_pretrained(parts)
-    for other, told in ((CONFIGS["asymmetric"], "settings"), (CONFIGS[name], "calibration")):
+    for other, told, more in (
+        (CONFIGS["asymmetric"], "settings", ids()),
+        (CONFIGS[name], "calibration", ids(4)),
+        (CONFIGS[name], "calibration", ids().view(4, 64)),
+    ):
         with pytest.raises(ValueError, match=f"parts: was begun with another {told}"):
-            more = ids(4) if told == "calibration" else ids()
             quantize(model, parts, other, calibration=more, format=format)
     quantize(model, parts, CONFIGS[name], calibration=ids(), format=format)
     assert all(f.stat().st_mtime_ns == then for f, then in kept.items())
@@ -215,6 +218,11 @@ def test_a_folder_that_holds_something_else(model, tmp_path):
             CONFIGS["act-order"],
             {"format": "hqq", "calibration": ids()},
             "format hqq has no act_order",
+        ),
+        (
+            CONFIGS["smoothquant"],
+            {"calibration": ids(), "format": "gptq"},
+            "format gptq cannot say that inputs are rounded",
         ),
         (
             CONFIGS["act-order"],

@@ -35,6 +35,8 @@ Held hold(const char* op, int bits, const Tensor& qweight, const Tensor& scales,
   w.scales = scales.contiguous();
   const int64_t N = qweight.size(0), K = qweight.size(1) * (8 / bits), G = scales.size(1);
   TORCH_CHECK_VALUE(G > 0 && K % G == 0, op, ": ", K, " columns do not divide into ", G, " groups");
+  TORCH_CHECK_VALUE(bits == 8 || G == 1 || K / G % 2 == 0, op, ": groups of ", K / G,
+                    " columns of 4 bits end within a byte");
   for (const auto* extra : {&zeros, &minima}) {
     if (!*extra) continue;
     TORCH_CHECK_VALUE((*extra)->sizes() == scales.sizes() &&

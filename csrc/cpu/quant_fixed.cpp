@@ -1,4 +1,4 @@
-// One to eight rows in integers: x as fixed-point numbers of one or three bytes, see quant_linear.h.
+// One to eight rows in integers: x as fixed-point numbers of one to three bytes, see quant_linear.h.
 #include "quant_codes.h"
 
 namespace tilewright::cpu::TW_ISA {

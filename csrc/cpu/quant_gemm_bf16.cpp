@@ -88,7 +88,7 @@ TW_INLINE __m512i interleaved(__m512i words) {
 // pairs[k / 2, c] of sixteen rows from n on.
 void fill_pairs4(const QuantWeight& w, int64_t n, int64_t k0, int64_t kc, uint32_t* pairs) {
   // each code's value in both halves of the table: the look-up's fifth bit is a neighbour's
-  const __m256i values = (__m256i)_mm512_cvtneps_pbh(code_table(w.codebook));
+  const __m256i values = (__m256i)_mm512_cvtneps_pbh(code_table(nullptr));
   const __m512i table = _mm512_inserti64x4(_mm512_castsi256_si512(values), values, 1);
   over_dwords<4>(w, n, k0, kc, [&](int64_t k, __m512i codes) {
 #pragma GCC unroll 4
@@ -114,7 +114,7 @@ void fill_pairs8(const QuantWeight& w, int64_t n, int64_t k0, int64_t kc, uint32
 
 bool quant_has_bf16(const QuantWeight& w) {
 #if defined(__AVX512BF16__)
-  return w.K / w.G % 8 == 0;  // dwords of codes lie in one group
+  return w.K / w.G % 8 == 0 && w.codebook == nullptr;  // dwords of codes lie in one group, and codes are exact
 #else
   return false;
 #endif

@@ -45,8 +45,8 @@ TW_DECLARE(bool, quant_has_gemv, const QuantWeight& w)
 TW_DECLARE(bool, quant_has_int8, const QuantWeight& w)
 
 // The in-register path in integers.  A row of x becomes fixed-point numbers of `slices` bytes that
-// share a scale in each block of 32: one byte is activations="int8"; three hold float activations,
-// with 23 bits and a sign for the block's largest, what float32 has for that one.
+// share a scale in each block of 32: one byte is activations="int8"; three hold float32, with 23 bits
+// and a sign for the block's largest, what it has for that one; two hold 16-bit floats, with 15 bits.
 // quant_prepare_fixed returns false where a block is not finite or too small for that: take the
 // float path.
 TW_DECLARE(int64_t, quant_fixed_bytes, const QuantWeight& w, int slices)

@@ -270,6 +270,8 @@ def quantize(
         group = 32 if format == Format.gguf else 0
     elif group == 0:
         raise ValueError("--group must be 1 or more, or -1 for a whole row, not 0")
+    if bits == 0:
+        raise ValueError("--bits must be 4 or 8, not 0")
     config = QuantConfig(
         method.value, bits or 0, group, False if asymmetric else None,  # type: ignore[arg-type]
         act_order=act_order, damping=damping,

@@ -291,6 +291,14 @@ class QuantTensor:
         return w.view(*index.shape, self.in_features)
 
 
+def check_order(name: str, order: Tensor | None) -> None:
+    """Raises ValueError where a loaded order is no permutation, which would read a column twice."""
+    if order is not None:
+        each = torch.arange(order.numel(), dtype=order.dtype, device=order.device)
+        if not torch.equal(order.sort().values, each):
+            raise ValueError(f"{name} {list(order.shape)} is no permutation of the columns")
+
+
 def unpacked(qweight: Tensor, bits: int) -> Tensor:
     """uint8 codes [N, K] of packed(codes, bits)."""
     if bits == 8:

@@ -21,7 +21,7 @@ from tilewright import nn
 from tilewright.interop.transformers import NAME
 from tilewright.quant import apply, checkpoint
 from tilewright.quant.apply import WITH_INPUTS, QuantConfig
-from tilewright.quant_tensor import NAMES, QuantTensor
+from tilewright.quant_tensor import NAMES, QuantTensor, check_order
 
 try:
     from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -48,7 +48,7 @@ class TilewrightConfig(QuantizationConfigMixin):
     bits, group, method, symmetric, scale_dtype (a dtype or its name) are quant.apply.QuantConfig's; method is
     rtn or hqq, which need no calibration, or None: the layers are quantised already.
     modules_to_not_convert: ends of layers' names, or names of modules whose layers stay as they are; by default
-    lm_head and what else the model has for output embeddings.  Layers with a tied weight always stay, and those
+    lm_head and what else the model has for output embeddings.  activations is nn.QuantLinear's.  Layers with a tied weight always stay, and those
     that transformers keeps in float32.
     Raises ValueError where settings do not go together.
     """
@@ -58,10 +58,11 @@ class TilewrightConfig(QuantizationConfigMixin):
         bits: int = 4,
         group: int = 128,
         method: str | None = "rtn",
-        symmetric: bool = True,
+        symmetric: bool | None = None,
         *,
         scale_dtype: str | torch.dtype = "float16",
         modules_to_not_convert: Sequence[str] | None = None,
+        activations: str = "float",
         source: dict[str, Any] | None = None,
         quant_method: str = NAME,
     ) -> None:
@@ -81,8 +82,14 @@ class TilewrightConfig(QuantizationConfigMixin):
                 f"TilewrightConfig: modules_to_not_convert must be names, not {skip!r}"
             )
         self.quant_method = NAME  # type: ignore[assignment]  # transformers' own are an enum
-        self.bits, self.group, self.method, self.symmetric = bits, group, method, symmetric
+        self.bits, self.group, self.method = bits, group, method
+        self.symmetric = method != "hqq" if symmetric is None else symmetric
         self.scale_dtype = str(scale_dtype).removeprefix("torch.")
+        if activations not in ("float", "int8"):
+            raise ValueError(
+                f"TilewrightConfig: activations must be 'float' or 'int8', not {activations!r}"
+            )
+        self.activations = activations
         self.modules_to_not_convert = None if skip is None else list(skip)
         self.source = source
         self.settings()
@@ -102,7 +109,9 @@ class TilewrightConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What config.json says; nothing of bits and groups where the layers have their own."""
         said = super().to_dict()
-        known = said if self.method is not None else ("quant_method", "method", "source")
+        known = (
+            said if self.method is not None else ("quant_method", "method", "activations", "source")
+        )
         return {k: said[k] for k in known if k != "source" or said[k] is not None}
 
 
@@ -168,16 +177,24 @@ class TilewrightQuantizer(HfQuantizer):
         return config.bits / 8 + beside / size
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantise(self.quantization_config.settings(), self.planned)
+        config = self.quantization_config
+        return _Quantise(config.settings(), self.planned, config.activations)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         if not self.pre_quantized:
             return []
         source = self.quantization_config.source
+        activations = self.quantization_config.activations
+        if source is not None:
+            activations = checkpoint.activations(source)
         names = NAMES if source is None else checkpoint.names(source)
         patterns = {rf"\.{re.escape(name)}$": name for name in names}
         read = None if source is None else checkpoint.reader(source)
-        return [WeightConverter(list(patterns), ".weight", operations=[_Read(patterns, read)])]
+        return [
+            WeightConverter(
+                list(patterns), ".weight", operations=[_Read(patterns, read, activations)]
+            )
+        ]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # transformers asks about the first of the weights that it makes of one tensor: others may be left
@@ -185,7 +202,7 @@ class TilewrightQuantizer(HfQuantizer):
             weight = model.get_submodule(name).weight
             if isinstance(weight, Tensor) and getattr(weight, "_is_hf_initialized", False):
                 quantised = apply.quantised(weight, self.quantization_config.settings(), None)
-                apply.put(model, name, quantised)
+                apply.put(model, name, quantised, self.quantization_config.activations)
         for module in model.modules():
             bias = module.bias if isinstance(module, nn.QuantLinear) else None
             if bias is not None and not getattr(bias, "_is_hf_initialized", False):
@@ -194,8 +211,10 @@ class TilewrightQuantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             model._weight_conversions = [c for c in conversions if not _is_ours(c)]
-        if self.quantization_config.source is not None:
-            self.quantization_config = TilewrightConfig(method=None)
+        source = self.quantization_config.source
+        if source is not None:
+            activations = checkpoint.activations(source)
+            self.quantization_config = TilewrightConfig(method=None, activations=activations)
             model.config.quantization_config = self.quantization_config
         return model
 
@@ -218,6 +237,7 @@ class _Quantise(ConversionOps):
 
     config: QuantConfig
     planned: frozenset[str]
+    activations: str
 
     @torch.no_grad()
     def convert(
@@ -230,7 +250,7 @@ class _Quantise(ConversionOps):
                 rest[key] = tensor
                 continue
             weight = apply.quantised(tensor, self.config, None)
-            _put(told["model"], name, weight, told["missing_keys"])
+            _put(told["model"], name, weight, self.activations, told["missing_keys"])
         return rest
 
 
@@ -240,6 +260,7 @@ class _Read(ConversionOps):
 
     patterns: dict[str, str]
     read: checkpoint.Read | None
+    activations: str
 
     @torch.no_grad()
     def convert(
@@ -258,8 +279,9 @@ class _Read(ConversionOps):
             lacking = [part for part in ("qweight", "scales") if part not in tensors]
             if lacking:
                 raise ValueError(f"{name}: {', '.join(lacking)} missing beside {sorted(tensors)}")
+            check_order(f"{name}.order", tensors.get("order"))
             weight = QuantTensor.of(tensors, 8 * tensors["qweight"].shape[-1] // layer.in_features)
-        _put(model, name, weight, told["missing_keys"])
+        _put(model, name, weight, self.activations, told["missing_keys"])
         return {}
 
 
@@ -267,8 +289,8 @@ def _only(found: Any) -> Tensor:
     return found[0] if isinstance(found, list) else found
 
 
-def _put(model: Any, name: str, weight: QuantTensor, missing_keys: Any) -> None:
-    apply.put(model, name, weight)
+def _put(model: Any, name: str, weight: QuantTensor, activations: str, missing_keys: Any) -> None:
+    apply.put(model, name, weight, activations)
     # some models initialise a layer's weight by its name: it says that there is nothing to do
     object.__setattr__(weight, "_is_hf_initialized", True)
     missing_keys.discard(f"{name}.weight")

@@ -57,6 +57,11 @@ def quantize(
         )
     if config.act_order and format in ("hqq", "compressed-tensors"):
         raise ValueError(f"quantize: format {format} has no act_order; gptq has")
+    if config.method == "smoothquant" and format != "compressed-tensors":
+        raise ValueError(
+            f"quantize: format {format} cannot say that inputs are rounded, as smoothquant's are:"
+            " compressed-tensors can"
+        )
     if (config.method in apply.WITH_INPUTS) and calibration is None:
         raise ValueError(f"quantize: {config.method} needs a calibration text")
     c, source, tokenizer = opened(path, torch.float32, torch.device("cpu"), "float")
@@ -102,6 +107,9 @@ def quantize(
         hidden = _through(layer, hidden, cos, sin)
     if target is not None:
         target.write(writer.folder)
+        for file in out.iterdir():  # the plan last: without it what is left would be no one's
+            if file.name != PLAN:
+                file.unlink()
         shutil.rmtree(out)
     else:
         writer.rest(source, c)
@@ -163,7 +171,12 @@ def _begin(
     format: str,
 ) -> None:
     """A folder that is new, or was begun by the same call.  Raises ValueError on any other."""
-    ids = b"" if calibration is None else calibration.long().contiguous().numpy().tobytes()
+    ids = b""
+    if calibration is not None:
+        ids = (
+            f"{list(calibration.shape)} ".encode()
+            + calibration.long().contiguous().numpy().tobytes()
+        )
     plan = {
         "model": path.resolve().name, "weights": _fingerprint(source), "format": format,
         "calibration": hashlib.sha256(ids).hexdigest(),

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,20 @@ def whole_file(path: Path, write: Callable[[Path], object]) -> None:
     """The file that `write` makes, whole or not at all, on the disk when this returns."""
     part = path.with_name(path.name + ".part")
     write(part)
+    in_place(part, path)
+
+
+def in_place(part: Path, path: Path) -> None:
+    """A finished file under its name, on the disk when this returns."""
     with part.open("rb+") as f:
         os.fsync(f.fileno())
     os.replace(part, path)
+    if os.name == "posix":  # the name is the folder's
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _text(path: Path, value: dict[str, Any]) -> None:
@@ -202,14 +214,14 @@ class Writer:
         if path.is_dir():
             for name in COPIED:
                 if (path / name).is_file():
-                    shutil.copyfile(path / name, self.out / name)
+                    whole_file(self.out / name, partial(shutil.copyfile, path / name))
         elif tokenizer is not None:
             _write_tokenizer(tokenizer, self.out)
         _text(self.out / "config.json", self.settings(described))
 
 
 def _write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    tokenizer.backend.save(str(out / "tokenizer.json"))
+    whole_file(out / "tokenizer.json", lambda part: tokenizer.backend.save(str(part)))
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name, token in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
         if token is not None:

@@ -6,7 +6,6 @@ that llama.cpp's converter gives.
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from tilewright import nn
 from tilewright.models._config import LlamaConfig
 from tilewright.models._rope import Rope, frequencies
+from tilewright.models._to_folder import in_place
 from tilewright.models._tokenizer import Tokenizer
 from tilewright.models._weights import GGUF, Folder, half_split
 from tilewright.models.llama import GGUF_NAMES
@@ -181,7 +181,7 @@ class Target:
             for _, entry in self._entries(folder_of):
                 writer.write_tensor_data(entry.data())
             writer.close()
-            os.replace(part, self.out)
+            in_place(part, self.out)
         except BaseException:
             writer.close()
             part.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tilewright import ops
-from tilewright.quant_tensor import QuantTensor
+from tilewright.quant_tensor import QuantTensor, check_order
 
 
 class QuantLinear(torch.nn.Module):
@@ -46,6 +46,7 @@ class QuantLinear(torch.nn.Module):
             or w.scales is not now["scales"]
             or w.zeros is not now.get("zeros")
             or w.minima is not now.get("minima")
+            or not (w.plain or all(t is now.get(name) for name, t in w.tensors().items()))
         ):
             given = {name: t for name, t in now.items() if t is not None}
             w = self._weight = QuantTensor.of(given, self.bits)
@@ -73,11 +74,8 @@ class QuantLinear(torch.nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        g_idx, order = (state_dict.get(prefix + name) for name in ("g_idx", "order"))
-        if order is not None and not torch.equal(
-            order.sort().values, torch.arange(order.numel(), dtype=order.dtype, device=order.device)
-        ):
-            raise ValueError(f"{prefix}order {list(order.shape)} is no permutation of the columns")
+        g_idx = state_dict.get(f"{prefix}g_idx")
+        check_order(f"{prefix}order", state_dict.get(f"{prefix}order"))
         if (
             g_idx is not None
             and f"{prefix}qweight" in state_dict
