@@ -17,6 +17,9 @@ from tilewright import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"]
+one_worker = pytest.mark.xdist_group(
+    "units"
+)  # a new clone builds them once, not in two workers alike
 NATIVE = {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT / "python")}
 
 # Mnemonics and registers a level must not hold, each with all those of the levels above it.
@@ -122,6 +125,7 @@ def test_build_info_names_this_torch():
     assert f'"torch": "{torch.__version__}"' in _native._INFO.read_text()
 
 
+@one_worker
 @pytest.mark.parametrize("level", LEVELS)
 def test_objects_hold_only_their_levels_instructions(level: str, objects: dict[str, list[Path]]):
     mnemonics, registers = BEYOND[level]
@@ -137,6 +141,7 @@ def test_objects_hold_only_their_levels_instructions(level: str, objects: dict[s
             assert not (worse and worse.search(instruction)), f"{path.name}: {instruction}"
 
 
+@one_worker
 def test_wide_levels_are_wide(objects: dict[str, list[Path]]):
     """A level compiled without its flags would pass the test above."""
     for level, register in (("avx2", "%ymm"), ("avx512", "%zmm")):
@@ -147,11 +152,13 @@ def test_wide_levels_are_wide(objects: dict[str, list[Path]]):
             assert register in output("objdump", "-d", "--no-show-raw-insn", path), path.name
 
 
+@one_worker
 def test_baseline_object_is_baseline(objects: dict[str, list[Path]]):
     (base,) = objects["base"]
     assert not re.search(r"%[yz]mm", output("objdump", "-d", base))
 
 
+@one_worker
 def test_units_see_no_torch(objects: dict[str, list[Path]]):
     folder = objects["base"][0].parent
     ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
@@ -171,6 +178,7 @@ def test_units_include_only_what_defines_no_function():
     assert not faults, faults
 
 
+@one_worker
 def test_each_symbol_belongs_to_its_level(objects: dict[str, list[Path]]):
     """A symbol two levels share is one copy after linking: the wrong one on an older CPU."""
     for level in LEVELS:
