@@ -76,7 +76,8 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         )
         slow = device == "cpu" and dtype != torch.bfloat16
         nbytes = N * K // 2 + N * (K // GROUP) * 2
-        plain = [torch.zeros(nbytes // 8, dtype=torch.int64, device=device) for _ in range(WEIGHTS)]
+        # ones: zeros nobody wrote are one page, read from a cache
+        plain = [torch.ones(nbytes // 8, dtype=torch.int64, device=device) for _ in range(WEIGHTS)]
         for M in ROWS:
             if M > FEW and device == "cpu" and dtype == torch.float16:
                 continue
