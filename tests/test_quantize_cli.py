@@ -86,6 +86,15 @@ def test_quantize_and_eval(method, model, text, tmp_path, capsys):
     assert found[out]["perplexity"] != found[model]["perplexity"]
 
 
+def test_act_order_is_written_as_gptq(model, text, tmp_path, capsys):
+    options = ["--method", "gptq", "--act-order", "--group", 32, "--calibration", text]
+    options += ["--samples", 4, "--window", 64, "--out", tmp_path / "out"]
+    code, said, err = run(capsys, "quantize", "--model", model, *options)
+    assert code == 0 and said.endswith("gptq, 4 bits, gptq\n"), err
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization_config"]["desc_act"] is True
+
+
 def test_a_gguf_becomes_a_folder(text, tmp_path, capsys):
     """SmolLM2's Q4_1 as 8 bits: its answers, and the perplexity as the last figure."""
     out = tmp_path / "out"

@@ -277,7 +277,8 @@ def quantize(
         act_order=act_order, damping=damping,
     )  # fmt: skip
     if format is None:
-        format = Format.hqq if method == Method.hqq else Format.compressed_tensors
+        own = {Method.hqq: Format.hqq}.get(method, Format.compressed_tensors)
+        format = Format.gptq if act_order else own  # which alone has an order of columns
     ids = None
     if method.value in WITH_INPUTS:
         if calibration is None:
