@@ -287,3 +287,17 @@ def test_what_would_be_wrong_raises():
         ValueError, match=r"mask \(1, 1, 5, 5\) of torch.int32: the model has changed"
     ):
         interop.attention_forward(layer, q, k, k, torch.nn.functional.pad(ranges, (0, 3)))
+
+
+@pytest.mark.parametrize(
+    "given", [{"q_length": 5, "device": "cpu"}, {"cache_position": torch.arange(5)}]
+)
+def test_a_mask_left_out_is_causal(given, monkeypatch):
+    """By what either generation of transformers says of the queries."""
+    from transformers import masking_utils
+
+    monkeypatch.setattr(masking_utils, "sdpa_mask", lambda **_: None)
+    ranges = interop.attention_mask(**given)
+    assert ranges is not None and ranges.shape == (1, 1, 5, 2)
+    assert ranges[0, 0].tolist() == [[0, i + 1] for i in range(5)]
+    assert interop.attention_mask(**given, allow_is_causal_skip=False) is None

@@ -67,12 +67,9 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     mask = sdpa_mask(*args, **kwargs)
     if mask is None:
         # left out because a layer knows that it is causal: not every layer that is told so does
-        S = kwargs["q_length"]
-        return (
-            _causal(kwargs["device"], S)
-            if kwargs.get("allow_is_causal_skip", True) and S > 1
-            else None
-        )
+        at = kwargs.get("cache_position")  # which the first 5.x give
+        S, device = (kwargs["q_length"], kwargs["device"]) if at is None else (len(at), at.device)
+        return _causal(device, S) if kwargs.get("allow_is_causal_skip", True) and S > 1 else None
     if is_tracing(mask) or mask.size(1) != 1:
         return mask
     rows = max(1, PART // max(1, mask.size(0) * mask.size(-1)))
