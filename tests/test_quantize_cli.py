@@ -95,6 +95,27 @@ def test_act_order_is_written_as_gptq(model, text, tmp_path, capsys):
     assert config["quantization_config"]["desc_act"] is True
 
 
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--embeddings", 8], "format compressed-tensors leaves embeddings as they are"),
+        (["--embeddings", 3, "--format", "gguf"], "embeddings must be 0, 4 or 8 bits, not 3"),
+    ],
+)
+def test_embeddings_that_cannot_be(options, told, model, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--method", "rtn", "--group", 32, "--out", out, *options]
+    code, _, err = run(capsys, "quantize", "--model", model, *options)
+    assert code == 2 and told in err and len(err.strip().splitlines()) == 1 and not out.exists()
+
+
+def test_embeddings_of_a_gguf(model, tmp_path, capsys):
+    options = ["--method", "rtn", "--embeddings", 8, "--format", "gguf"]
+    code, _, err = run(capsys, "quantize", "--model", model, *options, "--out", tmp_path / "m.gguf")
+    assert code == 0, err
+    assert GGUFFile(tmp_path / "m.gguf").info("token_embd.weight").type == "Q8_0"
+
+
 def test_a_gguf_becomes_a_folder(text, tmp_path, capsys):
     """SmolLM2's Q4_1 as 8 bits: its answers, and the perplexity as the last figure."""
     out = tmp_path / "out"

@@ -247,6 +247,9 @@ def quantize(
         bool, typer.Option("--act-order", help="gptq: large inputs first.")
     ] = False,
     damping: Annotated[float, typer.Option(min=0.0, help="gptq's.")] = 0.01,
+    embeddings: Annotated[
+        int, typer.Option(help="gguf: 4 or 8 bits for embeddings and head; 0 leaves them.")
+    ] = 0,
     calibration: Annotated[
         Path | None, typer.Option(help="A text; gptq, awq and smoothquant need one.")
     ] = None,
@@ -274,7 +277,7 @@ def quantize(
         raise ValueError("--bits must be 4 or 8, not 0")
     config = QuantConfig(
         method.value, bits or 0, group, False if asymmetric else None,  # type: ignore[arg-type]
-        act_order=act_order, damping=damping,
+        act_order=act_order, damping=damping, embeddings=embeddings,
     )  # fmt: skip
     if format is None:
         own = {Method.hqq: Format.hqq}.get(method, Format.compressed_tensors)

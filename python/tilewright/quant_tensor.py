@@ -278,14 +278,17 @@ class QuantTensor:
     def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantised rows, index [...] int -> [..., K]: an embedding look-up."""
         i = index.reshape(-1)
-        scales = self.scales[i]
+        scales = self.scales.index_select(0, i)  # which takes no row for -1
         if self.nested is not None:  # a row's scales lie in blocks of their own
             G = self.scales.shape[1]
             at = (i[:, None] * G + torch.arange(G, device=i.device)) // NESTED_BLOCK
             n = self.nested
             scales = n.code[scales.long()] * n.scales[at] + n.offset
-        zeros, minima = (None if t is None else t[i] for t in (self.zeros, self.minima))
-        w = self._dequantize(unpacked(self.qweight[i], self.bits), scales, zeros, minima, dtype)
+        zeros, minima = (
+            None if t is None else t.index_select(0, i) for t in (self.zeros, self.minima)
+        )
+        codes = unpacked(self.qweight.index_select(0, i), self.bits)
+        w = self._dequantize(codes, scales, zeros, minima, dtype)
         if self.order is not None:
             w = w.index_select(1, self.order.argsort())
         return w.view(*index.shape, self.in_features)

@@ -62,13 +62,15 @@ def quantize(
             f"quantize: format {format} cannot say that inputs are rounded, as smoothquant's are:"
             " compressed-tensors can"
         )
+    if config.embeddings and format != "gguf":
+        raise ValueError(f"quantize: format {format} leaves embeddings as they are: gguf does not")
     if (config.method in apply.WITH_INPUTS) and calibration is None:
         raise ValueError(f"quantize: {config.method} needs a calibration text")
     c, source, tokenizer = opened(path, torch.float32, torch.device("cpu"), "float")
     _check(c, config, calibration, format)
     target = None
     if format == "gguf":
-        target, described = _to_gguf.Target(path, out, c, source, tokenizer, config.bits), {}
+        target, described = _to_gguf.Target(path, out, c, source, tokenizer, config), {}
         if out.exists() and not (target.folder / PLAN).is_file():
             raise ValueError(f"{out}: is there, and was not begun by this command")
         out = target.folder

@@ -1,5 +1,5 @@
-"""A quantised Llama as one GGUF that llama.cpp reads: linear layers Q4_0 or Q8_0, norms and biases F32, the rest
-as its source has it.
+"""A quantised Llama as one GGUF that llama.cpp reads: linear layers Q4_0 or Q8_0, norms and biases F32, embeddings
+and head as its source has them, or Q4_0 or Q8_0 too.
 
 A GGUF's metadata are copied; a Hugging Face folder's are made of its configuration and tokeniser, by the names
 that llama.cpp's converter gives.
@@ -20,19 +20,20 @@ from torch import Tensor
 from tilewright import nn
 from tilewright.models._config import LlamaConfig
 from tilewright.models._rope import Rope, frequencies
-from tilewright.models._to_folder import in_place
+from tilewright.models._to_folder import dense, in_place
 from tilewright.models._tokenizer import Tokenizer
 from tilewright.models._weights import GGUF, Folder, half_split
 from tilewright.models.llama import GGUF_NAMES
 from tilewright.quant import gguf
 from tilewright.quant._gguf_blocks import KINDS
-from tilewright.quant.apply import QuantConfig
+from tilewright.quant.apply import QuantConfig, embedded
 from tilewright.quant.gguf import FLOAT_DTYPES, GGUFFile
 from tilewright.quant_tensor import QuantTensor
 
 METHODS = ("rtn", "gptq", "awq")
 TYPES = {4: "Q4_0", 8: "Q8_0"}
 GROUP = 32  # of both types
+ROWS = 4096  # of an embedding that are rounded at once
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # what of a GGUF does not hold for one that is made of it
 NOT_COPIED = (
@@ -85,9 +86,10 @@ class Target:
         c: LlamaConfig,
         source: Folder | GGUF,
         tokenizer: Tokenizer | None,
-        bits: int,
+        config: QuantConfig,
     ) -> None:
-        self.out, self.c, self.source, self.type = out, c, source, TYPES[bits]
+        self.out, self.c, self.source, self.config = out, c, source, config
+        self.type = TYPES[config.bits]
         self.divisors: Tensor | None = None
         self.metadata: dict[str, Value]
         if isinstance(source, Folder):
@@ -192,14 +194,18 @@ class Target:
         for name, entry in self._layers(folder_of):
             names.add(name)
             yield name, entry
-        source = self.source
+        source, c = self.source, self.c
+        for module in ("model.embed_tokens", "lm_head") if self.config.embeddings else ():
+            if source.has_linear(module):
+                name = f"{GGUF_NAMES[module]}.weight"
+                names.add(name)
+                yield name, self._embedding(module)
         if isinstance(source, GGUF):
             for name, info in source.file.tensors.items():
                 if name not in names:
                     data = functools.partial(source.file.data, name)
                     yield name, Entry(info.type, source.file.data(name).shape, data)
             return
-        c = self.c
         yield (
             "output_norm.weight",
             _floats(
@@ -209,8 +215,8 @@ class Target:
             ),
         )
         for module in ("model.embed_tokens", "lm_head"):
-            if module == "lm_head" and not source.has_linear("lm_head"):
-                continue  # tied
+            if f"{GGUF_NAMES[module]}.weight" in names or not source.has_linear(module):
+                continue  # there already, or tied
             kind = source.kind(f"{module}.weight") if source.has(f"{module}.weight") else ""
             yield (
                 f"{GGUF_NAMES[module]}.weight",
@@ -256,6 +262,18 @@ class Target:
                 if layer.has(f"{at}.{name}.bias"):
                     read = functools.partial(_vector, layer, f"{at}.{name}.bias", N, rows)
                     yield f"blk.{i}.{GGUF_NAMES[name]}.bias", _floats("F32", (N,), read)
+
+    def _embedding(self, module: str) -> Entry:
+        """The embedding or the head, by rtn."""
+        c, kind = self.c, TYPES[self.config.embeddings]
+
+        def data() -> np.ndarray:
+            whole = dense(self.source.linear([module], [c.vocab_size], c.hidden_size)).weight
+            parts = [gguf.write(embedded(module, rows, self.config)) for rows in whole.split(ROWS)]
+            return np.concatenate([blocks for _, blocks in parts])
+
+        block = KINDS[kind]
+        return Entry(kind, (c.vocab_size, c.hidden_size // block.weights * block.nbytes), data)
 
     def _blocks(self, layer: Folder, name: str, N: int, K: int, rows: Tensor | None) -> np.ndarray:
         linear = layer.linear([name], [N], K)

@@ -33,9 +33,27 @@ def _frozen(t: Tensor) -> torch.nn.Parameter:
 def _dense(weight: Tensor, bias: Tensor | None) -> torch.nn.Linear:
     linear = torch.nn.Linear(1, 1, bias=False, device="meta")  # no initialisation to throw away
     linear.out_features, linear.in_features = weight.shape
-    linear.weight = _frozen(weight)
+    # a parameter stays the same one, which ties an embedding's
+    linear.weight = weight if isinstance(weight, torch.nn.Parameter) else _frozen(weight)
     linear.bias = None if bias is None else _frozen(bias)  # type: ignore[assignment]
     return linear
+
+
+def _embedding(linear: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The embedding of a linear layer's weight."""
+    if isinstance(linear, nn.QuantLinear):
+        return nn.QuantEmbedding(linear.weight, dtype=dtype)
+    assert isinstance(linear, torch.nn.Linear)
+    V, E = linear.weight.shape
+    return torch.nn.Embedding(V, E, _weight=linear.weight, _freeze=True)
+
+
+def tied(embedding: torch.nn.Module, activations: str) -> torch.nn.Module:
+    """The head over an embedding's own weight."""
+    if isinstance(embedding, nn.QuantEmbedding):
+        return nn.QuantLinear.tied(embedding, activations=activations)
+    assert isinstance(embedding, torch.nn.Embedding)
+    return _dense(embedding.weight, None)
 
 
 class Folder:
@@ -180,6 +198,10 @@ class Folder:
             first += n
         return _dense(weight, bias)
 
+    def embedding(self, name: str, rows: int, columns: int) -> torch.nn.Module:
+        """The embedding `name`, [rows, columns]."""
+        return _embedding(self.linear([name], [rows], columns), self.dtype)
+
     def _is_quantised(self, name: str) -> bool:
         """Whether layer `name` is; one whose weight is a plain float is not."""
         if self._read_layer is None:
@@ -315,6 +337,10 @@ class GGUF:
             stacked[first : first + n] = self.file.dense(name, self.dtype, order)
             first += n
         return _dense(stacked, bias)
+
+    def embedding(self, name: str, rows: int, columns: int) -> torch.nn.Module:
+        """The embedding `name`, [rows, columns]."""
+        return _embedding(self.linear([name], [rows], columns), self.dtype)
 
     def _order(self, n: int, heads: int) -> Tensor | None:
         """The rows of theirs in our order."""

@@ -24,9 +24,8 @@ from tilewright.models._config import LlamaConfig
 from tilewright.models._rope import RopeTables
 from tilewright.models._sampling import Sampler
 from tilewright.models._tokenizer import TextStream, Tokenizer
-from tilewright.models._weights import GGUF, Folder
+from tilewright.models._weights import GGUF, Folder, tied
 from tilewright.quant.gguf import GGUFFile
-from tilewright.quant_tensor import QuantTensor
 
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -206,11 +205,11 @@ class Llama(torch.nn.Module):
         self.context = c.context if max_context is None else min(max_context, c.context)
         self.tokenizer = tokenizer
         self.activations = getattr(source, "activations", "float")
-        embedding = ["model.embed_tokens"], [c.vocab_size], c.hidden_size
-        is_tied = not source.has_linear("lm_head")
-        self.embedding = source.linear(*embedding)
+        self.embedding = source.embedding("model.embed_tokens", c.vocab_size, c.hidden_size)
         self.head = (
-            self.embedding if is_tied else source.linear(["lm_head"], [c.vocab_size], c.hidden_size)
+            source.linear(["lm_head"], [c.vocab_size], c.hidden_size)
+            if source.has_linear("lm_head")
+            else tied(self.embedding, self.activations)
         )
         layers = []
         for i in range(c.layers):
@@ -283,12 +282,7 @@ class Llama(torch.nn.Module):
         if tables is None or (tables.dtype, tables.device) != (self.dtype, self.device):
             tables = self._tables = RopeTables(self.config.rope, self.dtype, self.device)
         cos, sin = tables.rows(start, start + S)
-        weight = self.embedding.weight
-        x = (
-            weight.rows(ids, self.dtype)
-            if isinstance(weight, QuantTensor)
-            else torch.nn.functional.embedding(ids, weight)  # type: ignore[arg-type]
-        )
+        x = self.embedding(ids)
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, cos, sin, cache)

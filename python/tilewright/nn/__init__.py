@@ -5,6 +5,7 @@ from tilewright.nn.add_rms_norm import AddRMSNorm
 from tilewright.nn.attention import Attention, KVCache
 from tilewright.nn.geglu import GeGLU
 from tilewright.nn.multihead_attention import MultiheadAttention
+from tilewright.nn.quant_embedding import QuantEmbedding
 from tilewright.nn.quant_linear import QuantLinear
 from tilewright.nn.rms_norm import RMSNorm
 from tilewright.nn.rope import RotaryEmbedding
@@ -16,6 +17,7 @@ __all__ = [
     "GeGLU",
     "KVCache",
     "MultiheadAttention",
+    "QuantEmbedding",
     "QuantLinear",
     "RMSNorm",
     "RotaryEmbedding",

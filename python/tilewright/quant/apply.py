@@ -1,4 +1,5 @@
-"""Modules quantised in place: their linear layers become nn.QuantLinear, embeddings stay as they are.
+"""Modules quantised in place: their linear layers become nn.QuantLinear, and embeddings, where they are to,
+nn.QuantEmbedding.
 
 What gptq, awq and smoothquant need of a layer's inputs, `Inputs` gathers as the module runs.
 """
@@ -30,6 +31,8 @@ class QuantConfig:
     symmetric: no zero-points; hqq has none such; None is the method's: True but for hqq
     act_order, damping: gptq's
     skip: ends of the names of layers that stay as they are
+    embeddings: 4 or 8 bits for embeddings, by rtn, and for heads that are tied to one, whatever `skip` says of
+        these; 0 leaves both as they are
     """
 
     method: str = "rtn"
@@ -40,6 +43,7 @@ class QuantConfig:
     damping: float = 0.01
     scale_dtype: torch.dtype = torch.float16
     skip: tuple[str, ...] = ("lm_head",)
+    embeddings: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -67,6 +71,8 @@ class QuantConfig:
             raise ValueError("quantize: hqq has zero-points: symmetric must be False")
         if self.act_order and self.method != "gptq":
             raise ValueError(f"quantize: act_order is gptq's, not {self.method}'s")
+        if self.embeddings not in (0, 4, 8):
+            raise ValueError(f"quantize: embeddings must be 0, 4 or 8 bits, not {self.embeddings}")
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"quantize: scale_dtype {self.scale_dtype} is none of {SCALE_DTYPES}")
 
@@ -114,26 +120,64 @@ class Inputs:
         return self.total / self.count
 
 
-def linears(module: torch.nn.Module, skip: Sequence[str] = ()) -> dict[str, torch.nn.Linear]:
-    """The linear layers of a module by name, but those whose names end in one of `skip`."""
+def embeddings(module: torch.nn.Module, skip: Sequence[str] = ()) -> dict[str, torch.nn.Embedding]:
+    """The embeddings of a module by name, but those whose names end in one of `skip`."""
     return {
         name: layer
         for name, layer in module.named_modules()
-        if type(layer) is torch.nn.Linear and not name.endswith(tuple(skip))
+        if type(layer) is torch.nn.Embedding and not name.endswith(tuple(skip))
+    }
+
+
+def heads(module: torch.nn.Module, embedding: torch.nn.Embedding) -> dict[str, torch.nn.Linear]:
+    """The linear layers that are tied to an embedding."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if type(layer) is torch.nn.Linear and layer.weight is embedding.weight
+    }
+
+
+def linears(module: torch.nn.Module, skip: Sequence[str] = ()) -> dict[str, torch.nn.Linear]:
+    """The linear layers of a module by name, but those whose names end in one of `skip`, and those that are tied
+    to an embedding, whose weight is not theirs to change."""
+    tied = {id(layer.weight) for layer in embeddings(module).values()}
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if type(layer) is torch.nn.Linear
+        and not name.endswith(tuple(skip))
+        and id(layer.weight) not in tied
     }
 
 
 def check(layers: Mapping[str, torch.nn.Linear], config: QuantConfig) -> None:
     """Raises ValueError, with the layer's name, where its inputs do not divide into config's groups."""
     for name, layer in layers.items():
-        K = layer.in_features
-        size = K if config.group == -1 else config.group
-        if K % size:
-            raise ValueError(f"quantize: {name}: groups of {config.group} do not divide {K} inputs")
-        if config.bits == 4 and size % 2:
+        _check_groups(name, layer.in_features, config.bits, config.group)
+
+
+def _check_groups(name: str, K: int, bits: int, group: int) -> None:
+    size = K if group == -1 else group
+    if K % size:
+        raise ValueError(f"quantize: {name}: groups of {group} do not divide {K} inputs")
+    if bits == 4 and size % 2:
+        raise ValueError(f"quantize: {name}: groups of {size} inputs of 4 bits end within a byte")
+
+
+def _check_embeddings(found: Mapping[str, torch.nn.Embedding], config: QuantConfig) -> None:
+    for name, layer in found.items():
+        _check_groups(name, layer.embedding_dim, config.embeddings, config.group)
+        if layer.max_norm is not None:
             raise ValueError(
-                f"quantize: {name}: groups of {size} inputs of 4 bits end within a byte"
+                f"quantize: {name}: max_norm {layer.max_norm} changes the weight as it is read"
             )
+        _check_finite(name, layer.weight)
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"quantize: {name}: its weight holds nan or infinity")
 
 
 def put(
@@ -148,9 +192,47 @@ def put(
         raise ValueError(f"quantize: {name}: a weight {list(weight.shape)} is not {list(shape)}")
     new = nn.QuantLinear(weight, activations=activations)
     new.bias = layer.bias
-    parent, _, last = name.rpartition(".")
-    setattr(module.get_submodule(parent), last, new.train(layer.training))
+    _put(module, name, new)
     return new
+
+
+def _put(module: torch.nn.Module, name: str, new: torch.nn.Module) -> None:
+    """A module in the place of the one of that name, and wherever else that one is."""
+    old = module.get_submodule(name)
+    new.train(old.training)
+    for parent in list(module.modules()):
+        for last, child in list(
+            parent._modules.items()
+        ):  # of which named_children leaves out twins
+            if child is old:
+                setattr(parent, last, new)
+
+
+@torch.no_grad()
+def embedded(name: str, weight: Tensor, config: QuantConfig) -> QuantTensor:
+    """An embedding's weight [V, E] by config.  Raises ValueError, with its name, where it does not take config."""
+    try:
+        return quantisers.rtn(
+            weight, bits=config.embeddings, group=config.group, symmetric=config.symmetric,
+            scale_dtype=config.scale_dtype,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _put_embedding(
+    module: torch.nn.Module, name: str, weight: QuantTensor, activations: str
+) -> None:
+    """nn.QuantEmbedding of weight in the place of an embedding, and in those of heads that are tied to it layers
+    which share it."""
+    layer = module.get_submodule(name)
+    assert isinstance(layer, torch.nn.Embedding)
+    made = nn.QuantEmbedding(weight, dtype=layer.weight.dtype, padding_idx=layer.padding_idx)
+    for head, linear in heads(module, layer).items():
+        tied = nn.QuantLinear.tied(made, activations=activations)
+        tied.bias = linear.bias
+        _put(module, head, tied)
+    _put(module, name, made)
 
 
 @torch.no_grad()
@@ -240,7 +322,7 @@ def quantize_(
     calibration: Iterable[Any] | None = None,
     folds: Sequence[Fold] = (),
 ) -> torch.nn.Module:
-    """model with its linear layers quantised, in place.
+    """model with its linear layers quantised, in place, and its embeddings where config says so.
 
     calibration: what the model is called with, one after another (a tuple's parts, a mapping's by name), which
     gptq, awq and smoothquant need.  folds say where awq's and smoothquant's factors go; without one they
@@ -253,8 +335,10 @@ def quantize_(
     layers, known = linears(model, config.skip), linears(model)
     check(layers, config)
     for name, layer in layers.items():
-        if not bool(layer.weight.isfinite().all()):
-            raise ValueError(f"quantize: {name}: its weight holds nan or infinity")
+        _check_finite(name, layer.weight)
+    found = embeddings(model, config.skip) if config.embeddings else {}
+    _check_embeddings(found, config)
+    made = {name: embedded(name, layer.weight, config) for name, layer in found.items()}
     for one in folds:
         unknown = [name for name in one.layers if name not in known]
         if unknown:
@@ -275,4 +359,6 @@ def quantize_(
     if config.method in ("awq", "smoothquant"):
         fold(model, config, seen, folds)
     replace(model, config, seen)
+    for name, weight in made.items():
+        _put_embedding(model, name, weight, config.activations)
     return model
