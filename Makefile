@@ -45,8 +45,9 @@ demo: build
 test: build
 	$(BIN)/python .ci/test.py
 
+# ARGS="--only slow": passes by name, to run them in turns
 test-full: build
-	$(BIN)/python .ci/test.py --full
+	$(BIN)/python .ci/test.py --full $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

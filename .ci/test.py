@@ -2,7 +2,7 @@
 
 natively, everything; the op tests, drawn ones too, under TRITON_INTERPRET=1, and at the instruction
 sets avx2 and scalar.  --full adds the tests marked slow, more draws, float16 under the interpreter, and the
-instruction sets between.
+instruction sets between.  --only names passes of these, to run them in turns.
 As many tests at a time as there are processors.  Exit 1 where any pass failed.
 """
 
@@ -76,11 +76,20 @@ def run(name: str, environment: dict[str, str], asked: list[str]) -> dict[str, i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="the tests marked slow too")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PASS", help="native, slow, interpreter, avx2, ..."
+    )
     options = parser.parse_args()
     os.chdir(ROOT)
+    chosen = passes(options.full)
+    if options.only:
+        unknown = [name for name in options.only if name not in chosen]
+        if unknown:
+            parser.error(f"--only: {', '.join(unknown)} are none of {', '.join(chosen)}")
+        chosen = {name: chosen[name] for name in options.only}
     totals = {"passed": 0, "failed": 0, "skipped": 0}
     lines = []
-    for name, (environment, asked) in passes(options.full).items():
+    for name, (environment, asked) in chosen.items():
         start = time.perf_counter()
         counts = run(name, environment, asked)
         totals = {key: totals[key] + counts[key] for key in totals}

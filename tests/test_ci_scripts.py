@@ -36,6 +36,11 @@ def test_gpu_refuses_bad_input(arguments: list[str], said: str):
     assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
 
 
+def test_passes_are_chosen_by_name():
+    done = run(".ci/test.py", "--only", "native", "warp")
+    assert done.returncode == 2 and "warp are none of native" in done.stderr.splitlines()[-1]
+
+
 def test_gpu_launches_an_op():
     done = run(".ci/gpu.py", "--launch", "rope")
     assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock  # torch needs it
 from torch.utils import cpp_extension
 
 from tilewright import _native
@@ -112,16 +113,23 @@ def test_a_mutant_is_killed(mutant: tuple, tmp_path: Path):
     assert_killed(mutant, tmp_path, suites, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The extension's object files, csrc/cpu's in units/."""
-    folder = tmp_path_factory.mktemp("objects")
-    build = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "-t", str(folder), "-b", str(folder / "lib")],
-        env=os.environ | {"TILEWRIGHT_REQUIRE_EXT": "1"},
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert build.returncode == 0, build.stderr[-4000:]
+    """The extension's object files, csrc/cpu's in units/: made by the first worker, for all."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, done = root / "objects", root / "objects.done"
+    with FileLock(root / "objects.lock"):
+        if done.exists():
+            return folder
+        build = subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "-t", str(folder), "-b", str(folder / "lib")],
+            env=os.environ | {"TILEWRIGHT_REQUIRE_EXT": "1"},
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert build.returncode == 0, build.stderr[-4000:]
+        done.touch()
     return folder
 
 
@@ -134,7 +142,6 @@ def units_with(path: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("objects")  # one worker: they are built once
 @pytest.mark.skipif(torch.version.cuda is not None, reason="links what a CPU build is made of")
 @pytest.mark.parametrize("mutant", LISTED.CPP, ids=name)
 def test_a_cpp_mutant_is_killed(mutant: tuple, objects: Path, tmp_path: Path):
