@@ -1,7 +1,8 @@
 """The launch configurations of quant_linear.py's matrix products.
 
 Their key is (dtype, bits, group, M, N, K): what x is, what the weight is, and the bucketed sizes.
-A BLOCK_K that does not divide the group masks its last tile.
+A BLOCK_K that does not divide the group masks its last tile.  SHARES programs divide K between them
+where tiles of the output are fewer than a GPU has room for.
 """
 
 import torch
@@ -10,6 +11,8 @@ import triton
 from ._tune import Config, Tunable, grid
 
 GEMV_ROWS = 8  # rows up to which the product is formed without tensor cores
+PROGRAMS = 512  # that a large GPU has room for, several to a multiprocessor
+SHARED_ROWS = 256  # from which their tiles are enough
 MOST_ROWS = 4096  # rows, and
 MOST_FEATURES = 32768  # features, from which more make no difference
 
@@ -51,7 +54,21 @@ def _gemv_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K
 
 def _gemm_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
     config = _tiles(M, dtype)
-    return config | {"BLOCK_K": _block_k(group, config["BLOCK_K"])}
+    config |= {"BLOCK_K": _block_k(group, config["BLOCK_K"])}
+    programs = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    shares = 1
+    while M <= SHARED_ROWS and shares < 8 and 2 * shares * programs <= PROGRAMS:
+        # four tiles each at least, a pipeline to fill, and sums that take no more bytes than the codes
+        if K // config["BLOCK_K"] < 8 * shares or 2 * shares * M * 64 > K * bits:
+            break
+        shares *= 2
+    return config | {"SHARES": shares}
+
+
+def _dense_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
+    """Writing w and reading it again is what a product of some 256 rows takes, and a library's product
+    that much faster than one which decodes as it goes.  Not float32, of which torch's is no faster."""
+    return {"DENSE": int(M >= 512 and dtype != torch.float32)}
 
 
 def _dgrad_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
@@ -99,8 +116,22 @@ def _product_widths(group: int) -> tuple[int, ...]:
     return dividing or tuple(sorted({_block_k(group, widest) for widest in (32, 64, 128)}))
 
 
+def _gemm_space(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> list[Config]:
+    return [
+        c | {"SHARES": shares}
+        for c in _product_space(dtype, bits, group, M, N, K)
+        for shares in (1, 2, 4, 8)
+        if shares == 1 or M <= SHARED_ROWS
+    ]
+
+
+def _dense_space(dtype: torch.dtype, *_: int) -> list[Config]:
+    return grid(DENSE=(0,) if dtype == torch.float32 else (0, 1))
+
+
 KEYS = ("dtype", "bits", "group", "M", "N", "K")
 OPS = ("quant_linear",)
 GEMV = Tunable("quant_linear_gemv", OPS, KEYS, _gemv_heuristic, _gemv_space)
-GEMM = Tunable("quant_linear_gemm", OPS, KEYS, _gemm_heuristic, _product_space)
+GEMM = Tunable("quant_linear_gemm", OPS, KEYS, _gemm_heuristic, _gemm_space)
+DENSE = Tunable("quant_linear_dense", OPS, KEYS, _dense_heuristic, _dense_space)
 DGRAD = Tunable("quant_linear_dgrad", OPS, KEYS, _dgrad_heuristic, _product_space)

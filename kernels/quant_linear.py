@@ -10,7 +10,9 @@ With q the unsigned code and g = k // group,
 M rows (tokens), N output features, K input features, G = K / group groups in a row.  4-bit codes
 lie two a byte along K, the even k in the low nibble.  The codes become float32 weights in
 registers, as QuantTensor.dequantize makes them; sums are float32.  Up to GEMV_ROWS rows multiply in
-float32; above, the tensor cores take w and x in x's dtype (float32 as three TF32 products).
+float32; above, the tensor cores take w and x in x's dtype (float32 as three TF32 products).  Few
+tiles share out K, and a second kernel adds their sums.  Where rows are many (DENSE), w is written in
+x's dtype, and torch multiplies.
 
 With activations "int8", x is replaced by sx * round(x / sx) in float32, sx = max|x| / 127 over each
 32 columns of a row (over the group where that is no multiple of 32), ties to even: the integer dot
@@ -27,47 +29,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._quant_tiles import DGRAD, GEMM, GEMV, GEMV_ROWS, MOST_FEATURES, MOST_ROWS
+from ._quant_tiles import DENSE, DGRAD, GEMM, GEMV, GEMV_ROWS, MOST_FEATURES, MOST_ROWS
+from ._quant_weight import (
+    CODEBOOK,
+    MINIMA,
+    SYMMETRIC,
+    ZEROS,
+    by_columns,
+    by_rows,
+    offset_of,
+    weight_tile,
+)
 from ._tune import Tunable, bucket, split
 
-SYMMETRIC, ZEROS, MINIMA, CODEBOOK = 0, 1, 2, 3
+ADDED = 1024  # outputs whose shares a program adds
 DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _weight(
-    q_ptr, s_ptr, o_ptr,
-    n, mask_n, g, k, k_end,
-    stride_qn, stride_sn,
-    BITS: tl.constexpr, OFFSET: tl.constexpr, BLOCK_K: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """Rows n [R] of w at columns k .. k + BLOCK_K of group g -> [R, BLOCK_K] float32.
-
-    g, k and k_end (the group's end) are [1] or [R], k even for 4 bits.  Rows masked off are 0;
-    columns at or past k_end are unspecified, but finite where the scales are.  FULL: no tile passes
-    its group's end.
-    """
-    PER: tl.constexpr = 8 // BITS  # codes in a byte
-    j = tl.arange(0, BLOCK_K // PER)[None, :]
-    mask = mask_n[:, None]
-    if not FULL:
-        mask = mask & (k[:, None] + j * PER < k_end[:, None])
-    packed = tl.load(q_ptr + n[:, None] * stride_qn + (k // PER)[:, None] + j, mask=mask, other=0)
-    packed = packed.to(tl.int32)
-    if BITS == 4:
-        packed = tl.interleave(packed & 15, packed >> 4)
-    at = n * stride_sn + g
-    s = tl.load(s_ptr + at, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    if OFFSET == 3:
-        return s * tl.load(o_ptr + packed)  # 64 bytes, which stay in L1
-    # 2^23 with the code as its low bits, less 2^23: exact, and dearer integer conversions avoided
-    code = (packed | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    if OFFSET == 0:
-        return s * (code - (1 << (BITS - 1)))
-    o = tl.load(o_ptr + at, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    if OFFSET == 1:
-        return s * (code - o)
-    return s * code + o
 
 
 @triton.jit
@@ -92,7 +68,7 @@ def _gemv_kernel(
         k_end = (g + 1) * group
         if FULL:
             k = tl.multiple_of(k, BLOCK_K)
-        w = _weight(
+        w = weight_tile(
             q_ptr, s_ptr, o_ptr, n_r, (n_r < N) & (tile < tiles), g, k, k_end,
             stride_qn, stride_sn, BITS, OFFSET, BLOCK_K, FULL,
         )  # fmt: skip
@@ -126,23 +102,32 @@ def _gemm_kernel(
     M, N, group, tiles_per_group, tiles,
     BITS: tl.constexpr, OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr, FULL: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """A BLOCK_N x BLOCK_M tile of w x^T: Hopper's tensor cores take their left operand from
-    registers, where the weight has just been decoded, so the product is formed transposed."""
+    registers, where the weight has just been decoded, so the product is formed transposed.
+
+    Of SHARES > 1, program_id(2) says which of K; y is [SHARES, M, N] then, without the bias.
+    """
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.arange(0, BLOCK_K)
     one = tl.zeros((1,), tl.int32)
     x_cols = x_ptr + m[None, :] * stride_xm + j[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for tile in range(0, tiles):
+    first, last = 0, tiles
+    if SHARES > 1:
+        share = tl.cdiv(tiles, SHARES)
+        first = tl.program_id(2) * share
+        last = tl.minimum(first + share, tiles)
+        y_ptr += tl.program_id(2).to(tl.int64) * M * stride_ym
+    for tile in range(first, last):
         g = tile // tiles_per_group
         k = g * group + (tile % tiles_per_group) * BLOCK_K
         k_end = (g + 1) * group
         if FULL:
             k = tl.multiple_of(k, BLOCK_K)
-        w = _weight(
+        w = weight_tile(
             q_ptr, s_ptr, o_ptr, n, n < N, one + g, one + k, one + k_end,
             stride_qn, stride_sn, BITS, OFFSET, BLOCK_K, FULL,
         )  # fmt: skip
@@ -155,6 +140,24 @@ def _gemm_kernel(
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     to = y_ptr + m[:, None] * stride_ym + n[None, :]
     tl.store(to, tl.trans(acc), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _add_shares_kernel(
+    shares_ptr, bias_ptr, y_ptr,
+    M, N,
+    SHARES: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK outputs of a row of y [M, N]: the sums [SHARES, M, N] in their order, and the bias."""
+    m = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = n < N
+    y = tl.zeros((BLOCK,), tl.float32)
+    for share in tl.static_range(SHARES):
+        y += tl.load(shares_ptr + (m + share * M) * N + n, mask=mask, other=0.0)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + m * N + n, y, mask=mask)
 
 
 @triton.jit
@@ -180,7 +183,7 @@ def _dgrad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for start in range(0, N, BLOCK_N):
         mask_n = start + j < N
-        w = _weight(
+        w = weight_tile(
             q_ptr, s_ptr, o_ptr, start + j.to(tl.int64), mask_n, one + g, one + k, one + k_end,
             stride_qn, stride_sn, BITS, OFFSET, BLOCK_K, FULL,
         )  # fmt: skip
@@ -235,18 +238,6 @@ def _narrow(config: dict[str, Any], kind: int) -> dict[str, Any]:
     return {**config, "BLOCK_N": config["BLOCK_N"] // 2} if wide else config
 
 
-def _offset(
-    scales: Tensor, zeros: Tensor | None, minima: Tensor | None, codebook: Tensor | None
-) -> tuple[Tensor, int]:
-    if zeros is not None:
-        return zeros.contiguous(), ZEROS
-    if minima is not None:
-        return minima.contiguous(), MINIMA
-    if codebook is not None:
-        return codebook.contiguous(), CODEBOOK
-    return scales, SYMMETRIC
-
-
 def _rows(t: Tensor, M: int) -> Tensor:
     """t [..., C] as [M, C] with a last stride of 1."""
     t = t.reshape(M, t.shape[-1])
@@ -276,6 +267,21 @@ def _dot(dtype: torch.dtype) -> dict[str, Any]:
     return {"DOT_DTYPE": DOT_DTYPES[dtype], "PRECISION": precision}
 
 
+def _is_dense(x: Tensor, bits: int, group: int, M: int, N: int, K: int) -> bool:
+    sizes = bucket(M, MOST_ROWS), bucket(N, MOST_FEATURES), bucket(K, MOST_FEATURES)
+    return M > GEMV_ROWS and K > 0 and bool(DENSE(x.device, x.dtype, bits, group, *sizes)["DENSE"])
+
+
+def _shared_out(
+    config: dict[str, Any], x: Tensor, bias: Tensor | None, y: Tensor
+) -> tuple[Tensor, dict[str, Any]]:
+    """Where the tiled kernel stores, and what it makes of the bias: y and it, or the shares' own sums."""
+    if config["SHARES"] == 1:
+        return y, {"HAS_BIAS": bias is not None}
+    shape = config["SHARES"], x.shape[0], y.shape[-1]
+    return x.new_empty(shape, dtype=torch.float32), {"HAS_BIAS": False}
+
+
 def _linear(
     bits: int, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None,
     minima: Tensor | None, codebook: Tensor | None, bias: Tensor | None, activations: str,
@@ -289,27 +295,46 @@ def _linear(
         return y
     group = K // G
     x, qweight, scales = _rows(x, M), qweight.contiguous(), scales.contiguous()
-    offset, kind = _offset(scales, zeros, minima, codebook)
+    bias = None if bias is None else bias.contiguous()
+    offset, kind = offset_of(scales, zeros, minima, codebook)
     if activations == "int8" and K:
         x = _round_activations(x, group)
-    constants: dict[str, Any] = {"BITS": bits, "OFFSET": kind, "HAS_BIAS": bias is not None}
+    if _is_dense(x, bits, group, M, N, K):
+        for rows, w in by_rows(bits, qweight, scales, offset, kind, group, x.dtype):
+            out = y.view(M, N)[:, rows]
+            if bias is None:
+                torch.mm(x, w.t(), out=out)
+            else:
+                torch.addmm(bias[rows], x, w.t(), out=out)
+        return y
+    constants: dict[str, Any] = {"BITS": bits, "OFFSET": kind}
+    programs: tuple[int, ...]
+    to = y
     if M <= GEMV_ROWS:
         config = _config(GEMV, x, bits, group, M, N, K)
         config["BLOCK_M"] = bucket(M, GEMV_ROWS)
-        programs: tuple[int, ...] = (triton.cdiv(N, config["BLOCK_N"]),)
+        programs = (triton.cdiv(N, config["BLOCK_N"]),)
         kernel = _gemv_kernel
+        constants["HAS_BIAS"] = bias is not None
     else:
         config = _narrow(_config(GEMM, x, bits, group, M, N, K), kind)
-        programs = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
+        blocks = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])
+        programs = (*blocks, config["SHARES"])
         kernel = _gemm_kernel
-        constants |= _dot(x.dtype)
+        to, more = _shared_out(config, x, bias, y)
+        constants |= _dot(x.dtype) | more
     per_group = triton.cdiv(group, config["BLOCK_K"])
     kernel[programs](
-        x, qweight, scales, offset, scales if bias is None else bias.contiguous(), y,
+        x, qweight, scales, offset, scales if bias is None else bias, to,
         x.stride(0), qweight.stride(0), scales.stride(0), N,
         M, N, group, per_group, G * per_group,
         **constants, **config, enable_fp_fusion=True,
     )  # fmt: skip
+    if to is not y:
+        _add_shares_kernel[(M, triton.cdiv(N, ADDED))](
+            to, scales if bias is None else bias, y, M, N,
+            SHARES=config["SHARES"], HAS_BIAS=bias is not None, BLOCK=ADDED, num_warps=4,
+        )  # fmt: skip
     return y
 
 
@@ -326,7 +351,11 @@ def _dgrad(
         return dx
     group = K // G
     dy, qweight, scales = _rows(dy, M), qweight.contiguous(), scales.contiguous()
-    offset, kind = _offset(scales, zeros, minima, codebook)
+    offset, kind = offset_of(scales, zeros, minima, codebook)
+    if N and _is_dense(dy, bits, group, M, N, K):
+        for columns, w in by_columns(bits, qweight, scales, offset, kind, group, dy.dtype):
+            torch.mm(dy, w, out=dx.view(M, K)[:, columns])
+        return dx
     config = _config(DGRAD, dy, bits, group, M, N, K)
     per_group = triton.cdiv(group, config["BLOCK_K"])
     _dgrad_kernel[(triton.cdiv(M, config["BLOCK_M"]), G * per_group)](
@@ -375,7 +404,9 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
         block, options = split(_narrow(GEMM.heuristic(*sizes_of), kind))
         block["FULL"] = group % block["BLOCK_K"] == 0
         fixed |= _dot(dtype)
-        found.append((_gemm_kernel, forward, {**fixed, "HAS_BIAS": True, **block}, options))
+        own = {"y_ptr": "*fp32"} if block["SHARES"] > 1 else {}
+        fixed_to = {**fixed, "HAS_BIAS": block["SHARES"] == 1, **block}
+        found.append((_gemm_kernel, forward | own, fixed_to, options))
         if M == 64 or (M == 512 and group == 32):
             continue
         block, options = split(DGRAD.heuristic(*sizes_of))
@@ -385,6 +416,9 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
         found.append((_dgrad_kernel, backward, {**fixed, **block}, options))
     rounding = {"x_ptr": "*bf16", "out_ptr": "*fp32"}
     rounding |= dict.fromkeys(("stride_xm", "rows", "K", "width", "blocks_per_row"), "i32")
+    adding = {"shares_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16", "M": "i32", "N": "i32"}
+    constants = {"SHARES": 4, "HAS_BIAS": True, "BLOCK": ADDED}
+    found.append((_add_shares_kernel, adding, constants, {"num_warps": 4}))
     options = {"num_warps": 4, "enable_fp_fusion": False}
     found.append((_round_activations_kernel, rounding, {"BLOCK": 32, "ROWS": 32}, options))
     return found

@@ -209,21 +209,37 @@ TRITON = [
         ("            if not OVER_T:  # of the keys", "            if True:  # of the keys"),
         ("tl.sum(acc, 0)[None, :]", "acc"),
         ("tl.sum(acc, 1)[:, None]", "acc"),
-        ("& (rows < S)[:, None]\n", "\n"),
     ),
     *of("_attention_dbias", "attention_dropout", ("        dp = undropped(dp * kept_share(dropout)", "        dp = undropped(dp")),
     *of(
-        "quant_linear",
+        "_quant_weight",
         "quant_linear",
         ("        return s * (code - (1 << (BITS - 1)))", "        return s * code"),
         ("        return s * (code - o)\n", "        return s * code\n"),
         ("        return s * tl.load(o_ptr + packed)", "        return s * tl.load(o_ptr + (packed ^ 1))"),
         ("    return s * code + o\n", "    return s * code\n"),
+        ("        packed = tl.interleave(packed & 15, packed >> 4)", "        packed = tl.interleave(packed >> 4, packed & 15)"),
+    ),
+    *of(
+        "_quant_weight",
+        "quant_linear_rows",
+        ("        theirs = offset if kind == CODEBOOK else offset[rows]\n", "        theirs = offset\n"),
+        ("        theirs = offset if kind == CODEBOOK else offset[:, groups]\n", "        theirs = offset\n"),
+    ),
+    *of(
+        "quant_linear",
+        "quant_linear_rows",
+        ("        last = tl.minimum(first + share, tiles)\n", "        last = first + share\n"),
+        ("        y_ptr += tl.program_id(2).to(tl.int64) * M * stride_ym\n", ""),
+        ("        y += tl.load(bias_ptr + n, mask=mask, other=0.0).to(tl.float32)\n", "        y += 0.0\n"),
+    ),
+    *of(
+        "quant_linear",
+        "quant_linear",
         ("        acc += tl.sum(w * x[:, None, :, :], axis=3)", "        acc = tl.sum(w * x[:, None, :, :], axis=3)"),
         ("        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]", "        y += 0.0"),
         ("        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]", "        acc += 0.0"),
         ("            mask = mask & (k + j < k_end)[:, None]\n", "            mask = mask\n"),
-        ("        packed = tl.interleave(packed & 15, packed >> 4)", "        packed = tl.interleave(packed >> 4, packed & 15)"),
         ("        top = tl.maximum(top, tl.max(tl.abs(x), axis=1))", "        top = tl.max(tl.abs(x), axis=1)"),
         ('    precision = "tf32x3" if dtype == torch.float32 else "tf32"', '    precision = "tf32"'),
     ),
@@ -248,6 +264,10 @@ SURVIVORS = {
     "tl.where((norm < 0)[None, :], 0.0, dp - mean[None, :])": (
         "a row that sees one key has dP equal to its mean in the interpreter, whose two products"
         " round alike; tensor cores of two tile shapes do not"
+    ),
+    "seen = visible(cols[None, :], lo[:, None], hi[:, None], T, True) & (rows < S)[:, None]": (
+        "a row past the last has zeros for q, dout and its norm, and adds 0 seen or not; the mask keeps"
+        " an infinite key from making nan of that"
     ),
 }
 

@@ -1,21 +1,25 @@
 """The Triton launchers of quant_linear against QuantTensor.dequantize: on a GPU or interpreted."""
 
-import importlib
-import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tilewright.quant_tensor import QuantTensor, pack_int4
+from tilewright.bench import harness
 from tilewright.testing import assert_within
 
 pytest.importorskip("triton")
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.triton
-DEVICE = "cpu" if INTERPRET else "cuda"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KINDS = ["symmetric", "zeros", "minima", "codebook"]
+launches = harness.load(Path(__file__).with_name("quant_launches.py"))
+INTERPRET, DEVICE, DTYPES, KINDS = (
+    launches.INTERPRET,
+    launches.DEVICE,
+    launches.DTYPES,
+    launches.KINDS,
+)
+weight, launch, launch_dgrad = launches.weight, launches.launch, launches.launch_dgrad
+expected, kernels = launches.expected, launches.kernels
 # (M, N, K, G): one row and eight (GEMV), then the tiled kernel; groups that fill a tile, that are
 # several tiles, that are no multiple of 32, and that are the row; odd N; several steps of each walk
 SHAPES = [
@@ -30,36 +34,6 @@ SHAPES = [
     (40, 31, 288, 3),
     (130, 67, 128, 4),
 ]
-
-
-def kernels():
-    return importlib.import_module("tilewright.kernels.quant_linear")
-
-
-def weight(N: int, K: int, G: int, bits: int, kind: str, scale_dtype=torch.float16) -> QuantTensor:
-    codes = torch.randint(0, 2**bits, (N, K), dtype=torch.uint8)
-    scales = (torch.rand(N, G) + 0.5) / 2**bits
-    zeros = torch.rand(N, G) * (2**bits - 1) if kind == "zeros" else None
-    minima = torch.randn(N, G) if kind == "minima" else None
-    parts = [None if t is None else t.to(scale_dtype).to(DEVICE) for t in (scales, zeros, minima)]
-    q = pack_int4(codes) if bits == 4 else codes
-    book = torch.randn(2**bits, device=DEVICE) if kind == "codebook" else None
-    return QuantTensor(q.to(DEVICE), *parts, codebook=book, bits=bits)
-
-
-def launch(x: Tensor, w: QuantTensor, bias: Tensor | None = None, activations="float") -> Tensor:
-    f = getattr(kernels(), f"linear_int{w.bits}")
-    return f(x, w.qweight, w.scales, w.zeros, w.minima, w.codebook, bias, activations)
-
-
-def launch_dgrad(dy: Tensor, w: QuantTensor) -> Tensor:
-    f = getattr(kernels(), f"linear_int{w.bits}_dgrad")
-    return f(dy, w.qweight, w.scales, w.zeros, w.minima, w.codebook)
-
-
-def expected(x: Tensor, w: QuantTensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    b = None if bias is None else bias.to(dtype)
-    return torch.nn.functional.linear(x.to(dtype), w.dequantize(dtype), b).double()
 
 
 def rounded(x: Tensor, group: int) -> Tensor:

@@ -81,8 +81,16 @@ def quant_loads(e: int, *, M: int, N: int, K: int, bits: int) -> int:
     t = quant_tiles(e, M, N, K)
     tiles = K // 32 * ceil(32 / t["BLOCK_K"])
     weight = N * K * bits // 8 + N * tiles * 2 * (2 if bits == 4 else 1)
-    # a weight once a block of rows, the rows once a block of outputs
-    return ceil(M / t["BLOCK_M"]) * weight + ceil(N / t["BLOCK_N"]) * M * K * e
+    # a weight once a block of rows, the rows once a block of outputs, and what shares of K add up to
+    shared = quant_told(M=M, N=N, K=K, bits=bits) // 2 * 4
+    return ceil(M / t["BLOCK_M"]) * weight + ceil(N / t["BLOCK_N"]) * M * K * e + shared
+
+
+def quant_told(*, M: int, N: int, K: int, bits: int) -> int:
+    """Sums that shares of K store, and a second kernel loads."""
+    shares = quant_tiles(4, M, N, K).get("SHARES", 1)
+    assert M <= 8 or shares == quant_tiles(2, M, N, K)["SHARES"]
+    return 2 * shares * M * N if shares > 1 else 0
 
 
 def quant_flops(e: int, *, M: int, N: int, K: int, bits: int) -> int:
@@ -143,6 +151,7 @@ CASES = {
             {"M": 1, "N": 40, "K": 192, "bits": 4},
             {"M": 5, "N": 33, "K": 96, "bits": 8},
             {"M": 70, "N": 70, "K": 64, "bits": 4},
+            {"M": 12, "N": 70, "K": 1024, "bits": 4},  # K shared out
         ),
         quant_loads,
         quant_flops,
@@ -152,6 +161,7 @@ CASES = {
 TOLD = {
     "rms_norm": lambda M, N: M,
     "add_rms_norm": lambda M, N: M,
+    "quant_linear": quant_told,
     "attention": lambda B, H, S, **_: B * H * S,
     "attention_decode": attention.decode_told,
     "attention_varlen": lambda N, H, S, **_: N * S * (H + 2),
