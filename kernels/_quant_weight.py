@@ -122,9 +122,9 @@ def dequantized(
 def by_rows(
     bits: int, qweight: Tensor, scales: Tensor, offset: Tensor, kind: int, group: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
-    """(rows of the weight, these dequantised), as many at once as MOST bytes hold."""
+    """(rows of the weight, these dequantised), as many at once as MOST bytes hold, one at least."""
     N, K = scales.shape[0], scales.shape[1] * group
-    step = max(1, MOST // (K * dtype.itemsize))
+    step = _step(K * dtype.itemsize)
     for n in range(0, N, step):
         rows = slice(n, n + step)
         theirs = offset if kind == CODEBOOK else offset[rows]
@@ -137,14 +137,30 @@ def by_rows(
 def by_columns(
     bits: int, qweight: Tensor, scales: Tensor, offset: Tensor, kind: int, group: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
-    """(columns of the weight, these dequantised), as many groups at once as MOST bytes hold."""
+    """(columns of the weight, these dequantised), as many groups at once as MOST bytes hold, or as many columns
+    of one group, two at least."""
     N, G = scales.shape
-    step = max(1, MOST // (N * group * dtype.itemsize))
-    for g in range(0, G, step):
-        groups, columns = slice(g, g + step), slice(g * group, (g + step) * group)
-        codes = qweight[:, columns.start * bits // 8 : columns.stop * bits // 8]
+    whole = MOST // (N * group * dtype.itemsize)  # groups
+    width = group if whole else max(2, _step(N * dtype.itemsize) // 2 * 2)
+    for g in range(0, G, max(1, whole)):
+        groups = slice(g, min(g + max(1, whole), G))
         theirs = offset if kind == CODEBOOK else offset[:, groups]
-        yield columns, dequantized(bits, codes, scales[:, groups], theirs, kind, group, dtype)
+        first, last = g * group, groups.stop * group
+        step = last - first if whole else width
+        for k in range(first, last, step):
+            columns = slice(k, min(k + step, last))
+            codes = qweight[:, columns.start * bits // 8 : columns.stop * bits // 8]
+            of_group = group if whole else columns.stop - columns.start
+            yield (
+                columns,
+                dequantized(bits, codes, scales[:, groups], theirs, kind, of_group, dtype),
+            )
+
+
+def _step(nbytes: int) -> int:
+    """Rows of nbytes that MOST holds: of many a multiple of 128, which keeps tiles whole and addresses even."""
+    step = MOST // nbytes
+    return step // 128 * 128 if step >= 128 else max(1, step)
 
 
 def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:

@@ -78,6 +78,7 @@ class Tunable:
     keys      what the parts of a key are called
     heuristic heuristic(*key) -> the configuration where no table has one
     space     space(*key) -> the configurations a table may hold; all right at every size
+    is_way    of no kernel, but of which kernels are launched
     """
 
     def __init__(
@@ -87,8 +88,9 @@ class Tunable:
         keys: tuple[str, ...],
         heuristic: Callable[..., Config],
         space: Callable[..., list[Config]],
+        is_way: bool = False,
     ) -> None:
-        self.name, self.ops, self.keys = name, ops, keys
+        self.name, self.ops, self.keys, self.is_way = name, ops, keys, is_way
         self.heuristic, self.space = heuristic, space
         self.made: dict[tuple[Any, ...], Choice] = {}  # (device index, *key) -> what was chosen
         self._tables: dict[str, list[tuple[str, dict[str, Any]]]] = {}  # by GPU, the first wins

@@ -12,13 +12,14 @@ lie two a byte along K, the even k in the low nibble.  The codes become float32 
 registers, as QuantTensor.dequantize makes them; sums are float32.  Up to GEMV_ROWS rows multiply in
 float32; above, the tensor cores take w and x in x's dtype (float32 as three TF32 products).  Few
 tiles share out K, and a second kernel adds their sums.  Where rows are many (DENSE), w is written in
-x's dtype, and torch multiplies.
+x's dtype, and torch multiplies, unless torch.use_deterministic_algorithms asks it not to.
 
 With activations "int8", x is replaced by sx * round(x / sx) in float32, sx = max|x| / 127 over each
 32 columns of a row (over the group where that is no multiple of 32), ties to even: the integer dot
 product of the CPU kernel up to float32 rounding.  On a GPU it exists to give the CPU's numbers.
 
-Every sum has a fixed order: results repeat bit for bit.
+Every sum of these kernels has a fixed order: results repeat bit for bit.  Torch's product repeats on one
+stream, and adds as torch.backends.cuda.matmul lets it.
 """
 
 from functools import partial
@@ -29,7 +30,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._quant_tiles import DENSE, DGRAD, GEMM, GEMV, GEMV_ROWS, MOST_FEATURES, MOST_ROWS
+from ._quant_tiles import (
+    DENSE,
+    DENSE_DGRAD,
+    DGRAD,
+    GEMM,
+    GEMV,
+    GEMV_ROWS,
+    MOST_FEATURES,
+    MOST_ROWS,
+)
 from ._quant_weight import (
     CODEBOOK,
     MINIMA,
@@ -267,9 +277,11 @@ def _dot(dtype: torch.dtype) -> dict[str, Any]:
     return {"DOT_DTYPE": DOT_DTYPES[dtype], "PRECISION": precision}
 
 
-def _is_dense(x: Tensor, bits: int, group: int, M: int, N: int, K: int) -> bool:
+def _is_dense(way: Tunable, x: Tensor, bits: int, group: int, M: int, N: int, K: int) -> bool:
+    if M <= GEMV_ROWS or not N or not K or torch.are_deterministic_algorithms_enabled():
+        return False
     sizes = bucket(M, MOST_ROWS), bucket(N, MOST_FEATURES), bucket(K, MOST_FEATURES)
-    return M > GEMV_ROWS and K > 0 and bool(DENSE(x.device, x.dtype, bits, group, *sizes)["DENSE"])
+    return bool(way(x.device, x.dtype, bits, group, *sizes)["DENSE"])
 
 
 def _shared_out(
@@ -299,13 +311,14 @@ def _linear(
     offset, kind = offset_of(scales, zeros, minima, codebook)
     if activations == "int8" and K:
         x = _round_activations(x, group)
-    if _is_dense(x, bits, group, M, N, K):
+    if _is_dense(DENSE, x, bits, group, M, N, K):
         for rows, w in by_rows(bits, qweight, scales, offset, kind, group, x.dtype):
             out = y.view(M, N)[:, rows]
             if bias is None:
                 torch.mm(x, w.t(), out=out)
             else:
                 torch.addmm(bias[rows], x, w.t(), out=out)
+            del w, out  # before the next is made
         return y
     constants: dict[str, Any] = {"BITS": bits, "OFFSET": kind}
     programs: tuple[int, ...]
@@ -352,9 +365,10 @@ def _dgrad(
     group = K // G
     dy, qweight, scales = _rows(dy, M), qweight.contiguous(), scales.contiguous()
     offset, kind = offset_of(scales, zeros, minima, codebook)
-    if N and _is_dense(dy, bits, group, M, N, K):
+    if _is_dense(DENSE_DGRAD, dy, bits, group, M, N, K):
         for columns, w in by_columns(bits, qweight, scales, offset, kind, group, dy.dtype):
             torch.mm(dy, w, out=dx.view(M, K)[:, columns])
+            del w
         return dx
     config = _config(DGRAD, dy, bits, group, M, N, K)
     per_group = triton.cdiv(group, config["BLOCK_K"])

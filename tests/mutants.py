@@ -224,6 +224,8 @@ TRITON = [
         "_quant_weight",
         "quant_linear_rows",
         ("        theirs = offset if kind == CODEBOOK else offset[rows]\n", "        theirs = offset\n"),
+        ('    per_group = triton.cdiv(group, block["BLOCK_K"])\n', '    per_group = max(1, group // block["BLOCK_K"])\n'),
+        ("            of_group = group if whole else columns.stop - columns.start\n", "            of_group = group\n"),
         ("        theirs = offset if kind == CODEBOOK else offset[:, groups]\n", "        theirs = offset\n"),
     ),
     *of(
@@ -268,6 +270,9 @@ SURVIVORS = {
     "seen = visible(cols[None, :], lo[:, None], hi[:, None], T, True) & (rows < S)[:, None]": (
         "a row past the last has zeros for q, dout and its norm, and adds 0 seen or not; the mask keeps"
         " an infinite key from making nan of that"
+    ),
+    "  const int64_t left = bytes - byte;": (
+        "what the mask keeps out is a column no product takes, read past the weight: the sanitizers' to see"
     ),
 }
 

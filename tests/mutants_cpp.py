@@ -155,7 +155,6 @@ CHANGES: list[tuple] = [
         "quant_codes.h",
         "quant_linear",
         ("bias ? value + scalar_at(bias, dtype, n) : value", "value"),
-        ("scalar_at(w.minima, w.scale_dtype, at) + centre * s", "scalar_at(w.minima, w.scale_dtype, at)"),
         ("constexpr int L = GROUP / PER_LANE;", "constexpr int L = 16;"),
     ),
     (
@@ -168,7 +167,6 @@ CHANGES: list[tuple] = [
         "quant_linear",
         ("bias ? load(out + c) + load(bias + c) : load(out + c)", "load(out + c)"),
         ("d[4 + c] = _mm512_shuffle_i32x4(low, low2, 0xdd);", "d[4 + c] = _mm512_shuffle_i32x4(low, low2, 0x88);"),
-        ("  const int64_t left = bytes - byte;", "  const int64_t left = 64;"),
     ),
     (
         "quant_gemm_bf16.cpp",

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from tilewright.bench import harness
 from tilewright.nn import QuantEmbedding, QuantLinear
-from tilewright.quant.apply import QuantConfig, quantize_
+from tilewright.quant.apply import Fold, QuantConfig, quantize_
 
 weights = harness.load(Path(__file__).with_name("quant_weights.py"))
 V, E = 48, 64
@@ -117,6 +117,45 @@ def test_a_tied_head_loads_and_saves_with_its_embedding(tmp_path):
     swapped = torch.func.functional_call(b, {"tokens.scales": 2 * b.tokens.scales}, (IDS,))
     assert not torch.allclose(swapped, b(IDS)) and torch.equal(a(IDS), b(IDS))
     save_file(a.state_dict(), tmp_path / "a.safetensors")  # which takes no tensor twice
+
+
+def test_a_fold_reaches_an_embedding():
+    """awq's factors are divided out of the embedding before that is rounded."""
+    model = Model(tied=False)
+    with torch.no_grad():
+        model.inner.weight[:, ::7] *= 20
+    truth = model(IDS)
+    fold = Fold(("inner",), lambda factors: model.tokens.weight.div_(factors))
+    quantize_(model, QuantConfig("awq", bits=8, group=32, embeddings=8), [IDS], [fold])
+    assert (model(IDS) - truth).square().mean() < 1e-3 * truth.square().mean()
+
+
+def test_embeddings_of_one_parameter_share_it():
+    model = Model()
+    model.others = torch.nn.Embedding(V, E, padding_idx=2)
+    model.others.weight = model.tokens.weight
+    model.again = model.tokens
+    quantize_(model, QuantConfig(bits=8, group=32, embeddings=8))
+    assert model.again is model.tokens and model.others.padding_idx == 2
+    assert model.others.weight is model.tokens.weight and is_tied(model)
+    assert {n for n in model.state_dict() if "others" in n or "lm_head" in n} == set()
+
+
+def test_no_embedding_to_quantise():
+    for model, told in (
+        (torch.nn.Sequential(torch.nn.Linear(E, E)), "the model has no torch.nn.Embedding"),
+        (torch.nn.Embedding(V, E), "the model is one Embedding"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            quantize_(model, QuantConfig(group=32, embeddings=8))
+
+
+def test_fake_tensors():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        ids = mode.from_tensor(IDS)
+        assert QuantEmbedding(weights.make(V, E))(ids).shape == (2, 3, E)
 
 
 def test_a_tied_head_moves_with_its_embedding():

@@ -132,7 +132,8 @@ def test_tiny_activations(M, bits, device):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("activations", ["float", "int8"])
-def test_non_finite_activations(value, bits, kind, activations, device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_non_finite_activations(value, bits, kind, activations, dtype, device):
     """They reach the outputs that the dequantised weight would take them to, and no other row."""
     w = make(9, 96, bits=bits, kind=kind, device=device)
     columns = (0, 1, 17, 40, 95)
@@ -141,7 +142,7 @@ def test_non_finite_activations(value, bits, kind, activations, device):
         for row, k in enumerate(columns[first:]):
             if row < M:
                 x[row, k] = value
-        check(w, x, torch.float32, activations=activations)
+        check(w, x, dtype, activations=activations)
 
 
 @pytest.mark.parametrize("M", [1, 6, 20])

@@ -2,6 +2,7 @@
 rows; on a GPU or interpreted."""
 
 import importlib
+import weakref
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,8 @@ def test_few_tiles_share_out_and_many_do_not():
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", WEIGHTS, ids=str)
-def test_dequantized(sizes, kind, bits, dtype):
+def test_dequantized(sizes, kind, bits):
+    dtype = DTYPES[(WEIGHTS.index(sizes) + KINDS.index(kind)) % 3]
     w = weight(*sizes, bits, kind)
     ours, theirs = parts().dequantized(*arguments(w), dtype), w.dequantize(dtype)
     if kind == "minima":  # a fused multiply-add, where there is one
@@ -76,20 +78,31 @@ def test_dequantized(sizes, kind, bits, dtype):
 
 
 @pytest.mark.parametrize("most", [1 << 28, 5000])
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", WEIGHTS, ids=str)
-def test_dense(sizes, kind, most, monkeypatch):
+def test_dense(sizes, most, monkeypatch):
     monkeypatch.setattr(parts(), "MOST", most)
+    made, alive = [], []
+    original = parts().dequantized
+
+    def noting(*given):
+        assert not any(one() is not None for one in alive)  # one at a time
+        made.append(original(*given))
+        alive.append(weakref.ref(made[-1]))
+        return made.pop()
+
+    monkeypatch.setattr(parts(), "dequantized", noting)
     i = WEIGHTS.index(sizes)
+    kind = KINDS[(i + (most == 5000)) % 4]
     dtype = DTYPES[1 + i % 2]
     w = weight(*sizes, 4 if i < 2 else 8, kind)
     x = torch.randn(12, sizes[1], device=DEVICE).to(dtype)
     dy = torch.randn(12, sizes[0], device=DEVICE).to(dtype)
-    with tiles().DENSE.forced({"DENSE": 1}):
+    with tiles().DENSE.forced({"DENSE": 1}), tiles().DENSE_DGRAD.forced({"DENSE": 1}):
         assert_forward(x, w, torch.randn(sizes[0], device=DEVICE).to(dtype), dtype)
         assert_forward(x[:, :1].expand(-1, sizes[1]), w, None, dtype)
         dx = launch_dgrad(dy, w)
     assert dx.dtype == dtype and dx.shape == x.shape and dx.is_contiguous()
+    assert len(alive) >= (6 if most < 1e8 else 3)
     truth = dy.double() @ w.dequantize(torch.float64)
     eager = (dy @ w.dequantize(dtype)).double()
     assert_within(dx.double(), eager, truth, torch.finfo(dtype).eps, kind)
@@ -114,6 +127,38 @@ def test_many_rows_are_dense_but_of_float32(monkeypatch):
     assert made == [torch.bfloat16] * 2 + [torch.float16] * 2
 
 
+@pytest.mark.parametrize("kind", ["zeros", "codebook"])
+@pytest.mark.parametrize("sizes", WEIGHTS[1:], ids=str)
+def test_parts_are_no_larger_than_asked(sizes, kind, monkeypatch):
+    most = 5000
+    monkeypatch.setattr(parts(), "MOST", most)
+    w = weight(*sizes, 4, kind)
+    rows = list(parts().by_rows(*arguments(w), torch.bfloat16))
+    columns = list(parts().by_columns(*arguments(w), torch.bfloat16))
+    assert all(t.nbytes <= most for _, t in rows)
+    assert all(t.nbytes <= most for _, t in columns)
+    whole = w.dequantize(torch.bfloat16)
+    assert torch.equal(torch.cat([t for _, t in rows]), whole)
+    assert torch.equal(torch.cat([t for _, t in columns], 1), whole)
+    assert all(torch.equal(whole[at], t) for at, t in rows)
+    assert all(torch.equal(whole[:, at], t) for at, t in columns)
+
+
+def test_deterministic_algorithms_are_ours():
+    w, x = weight(24, 128, 2, 4, "zeros"), torch.randn(300, 128, device=DEVICE).bfloat16()
+    calls = []
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(torch, "mm", lambda *a, **k: calls.append(a))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_forward(x, w, None, torch.bfloat16)
+        launch_dgrad(torch.randn(300, 24, device=DEVICE).bfloat16(), w)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        monkey.undo()
+    assert not calls
+
+
 @pytest.mark.interpreted
 def test_dequantized_moves_each_byte_once():
     from tilewright.lab import interpreter
@@ -130,6 +175,6 @@ def test_dequantized_moves_each_byte_once():
 
 def test_no_weight():
     w = weight(6, 64, 2, 4, "zeros")
-    with tiles().DENSE.forced({"DENSE": 1}):
+    with tiles().DENSE.forced({"DENSE": 1}), tiles().DENSE_DGRAD.forced({"DENSE": 1}):
         assert launch(torch.empty(0, 64, device=DEVICE), w).shape == (0, 6)
         assert launch_dgrad(torch.empty(0, 6, device=DEVICE), w).shape == (0, 64)

@@ -273,6 +273,31 @@ def test_what_was_tuned_is_launched_and_explained(folders: Path, clock, device: 
     assert launches == (line,)
 
 
+@pytest.mark.triton
+def test_kernels_of_every_way_are_tuned(folders: Path, device: str):
+    """Where the weight is dequantised by default, the kernels that do without are tuned too, before the choice."""
+    bench = definition("quant_linear")
+    inputs = bench.inputs(BF16, device, M=257, N=64, K=64, bits=4)
+    call = harness.forward_backward(bench.PROVIDERS["tilewright"], inputs)
+    dense = _tune.TUNABLES["quant_linear_dense"]
+    found, forced = [], []
+    for name, keys in tune._each(_tune.TUNABLES, call):
+        assert len(keys) == 1
+        found.append(name)
+        forced.append(dense(torch.device(device), *keys[0])["DENSE"])
+    ways = ["quant_linear_dense", "quant_linear_dgrad_dense"]
+    assert sorted(set(found)) == [
+        "quant_linear_dense",
+        "quant_linear_dgrad",
+        *ways[1:],
+        "quant_linear_gemm",
+    ]
+    assert found[-2:] == ways
+    assert not any(
+        on for name, on in zip(found, forced, strict=True) if name == "quant_linear_gemm"
+    )
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

@@ -34,18 +34,8 @@ template <class T> TW_INLINE void to_floats(const T* from, float* to, int64_t n)
   TW_FOR_DTYPE(dtype, T, to_floats(static_cast<const T*>(from) + start, to, n))
 }
 
-// Scale and offset (0 where there is none) of group g of row n, of codes less `centre`.
-[[maybe_unused]] void group_scale(const QuantWeight& w, int64_t n, int64_t g, float centre, float* scale,
-                                  float* offset) {
-  const int64_t at = n * w.G + g;
-  const float s = scalar_at(w.scales, w.scale_dtype, at);
-  *scale = s;
-  *offset = w.minima  ? scalar_at(w.minima, w.scale_dtype, at) + centre * s
-            : w.zeros ? s * (centre - scalar_at(w.zeros, w.scale_dtype, at))
-                      : 0.f;
-}
-
-// The same of groups [g0, g0 + count); the arrays have room for a vector past their end.
+// Scales and offsets (0 where there is none) of groups [g0, g0 + count) of row n, of codes less `middle`; the
+// arrays have room for a vector past their end.
 template <class S>
 TW_INLINE void row_scales(const QuantWeight& w, int64_t n, int64_t g0, int64_t count, float middle,
                           float* __restrict__ scale, float* __restrict__ offset) {

@@ -10,6 +10,8 @@ in four of five.
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import product
 from math import inf
 from pathlib import Path
 from types import ModuleType
@@ -114,6 +116,21 @@ def _launched(tunables: dict[str, Any], call: Call) -> dict[str, list[tuple]]:
     }
 
 
+def _each(tunables: dict[str, Any], call: Call) -> Iterator[tuple[str, list[tuple]]]:
+    """What _launched finds of one call, whichever way it goes: the kernels of each way, while that is forced, and
+    at the end the choices between ways."""
+    ways = {n: keys for n, keys in _launched(tunables, call).items() if tunables[n].is_way}
+    spaces = [tunables[name].space(*keys[0]) for name, keys in ways.items()]
+    for chosen in product(*spaces):
+        with ExitStack() as stack:
+            for name, config in zip(ways, chosen, strict=True):
+                stack.enter_context(tunables[name].forced(config))
+            for name, keys in _launched(tunables, call).items():
+                if name not in ways:
+                    yield name, keys
+    yield from ways.items()
+
+
 def tune(
     definition: ModuleType,
     folder: Path,
@@ -142,7 +159,7 @@ def tune(
                 call = (harness.forward_backward if grad else harness.forward)(fn, inputs)
                 call()  # imports the kernels
                 wanted = None
-                for name, keys in _launched(TUNABLES, call).items():
+                for name, keys in _each(TUNABLES, call):
                     tunable = TUNABLES[name]
                     # a kernel launched at two keys in one call cannot be forced at one
                     if len(keys) > 1 or (name, tunable.bucket(*keys[0])) in done:

@@ -76,6 +76,11 @@ def quantize(
         out = target.folder
     else:
         described = description(c, source)
+    for module in ("model.embed_tokens", "lm_head") if config.embeddings else ():
+        if source.has_linear(module):
+            weight = dense(source.linear([module], [c.vocab_size], c.hidden_size)).weight
+            apply.check_finite(module, weight)
+            del weight
     _begin(out, path, source, config, calibration, format)
     writer = Writer(out, c, config, format)
     tables = RopeTables(c.rope, torch.float32, torch.device("cpu"))

@@ -269,8 +269,11 @@ class Target:
 
         def data() -> np.ndarray:
             whole = dense(self.source.linear([module], [c.vocab_size], c.hidden_size)).weight
-            parts = [gguf.write(embedded(module, rows, self.config)) for rows in whole.split(ROWS)]
-            return np.concatenate([blocks for _, blocks in parts])
+            parts = [
+                gguf.write(embedded(f"{module} from row {i * ROWS}", rows, self.config))[1]
+                for i, rows in enumerate(whole.split(ROWS))
+            ]
+            return np.concatenate(parts)
 
         block = KINDS[kind]
         return Entry(kind, (c.vocab_size, c.hidden_size // block.weights * block.nbytes), data)

@@ -51,7 +51,7 @@ def _embedding(linear: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 def tied(embedding: torch.nn.Module, activations: str) -> torch.nn.Module:
     """The head over an embedding's own weight."""
     if isinstance(embedding, nn.QuantEmbedding):
-        return nn.QuantLinear.tied(embedding, activations=activations)
+        return nn.QuantLinear(embedding, activations=activations)
     assert isinstance(embedding, torch.nn.Embedding)
     return _dense(embedding.weight, None)
 

@@ -13,22 +13,30 @@ class QuantWeight(torch.nn.Module):
     """A module whose buffers are the tensors of a QuantTensor [N, K], by their names.
 
     A cast keeps them as they are; a move takes them along.  A state dict with `g_idx` [K], the group of
-    each column, is taken too.
+    each column, is taken too.  Of another such module, which is given in the place of the weight, it has
+    none of its own: the weight is that one's, with which it moves, loads and is saved, once.
     """
 
     qweight: Tensor
     scales: Tensor
+    bits: int
 
-    def __init__(self, weight: QuantTensor) -> None:
+    def __init__(self, weight: "QuantTensor | QuantWeight") -> None:
         super().__init__()
         self.bits = weight.bits
-        for name, tensor in weight.tensors().items():
-            self.register_buffer(name, tensor)
-        self._weight: QuantTensor | None = weight
+        self._weight: QuantTensor | None = None
+        # in a tuple, which keeps it from being a module of this one
+        self._other = (weight,) if isinstance(weight, QuantWeight) else ()
+        if isinstance(weight, QuantTensor):
+            self._weight = weight
+            for name, tensor in weight.tensors().items():
+                self.register_buffer(name, tensor)
 
     @property
     def weight(self) -> QuantTensor:
         """A view of the buffers as they are now."""
+        if self._other:
+            return self._other[0].weight
         # straight from the dictionary: Module.__getattr__ costs a decode step more than the check
         now, w = self._buffers, self._weight
         # rebuilt when a buffer was replaced (load_state_dict(assign=True), .to, functional_call)

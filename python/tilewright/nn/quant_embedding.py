@@ -15,13 +15,14 @@ class QuantEmbedding(QuantWeight):
     [..., E].  In the place of a torch.nn.Embedding.
 
     `.to(dtype)`, `.half()` and the like change `dtype`, not the weight.  The weight is frozen, so that
-    padding_idx, kept for those who ask, has no gradient to keep off.  Raises ValueError where ids are of
-    another dtype, IndexError, with the id, where one on a CPU is outside 0 .. V - 1.
+    padding_idx, kept for those who ask, has no gradient to keep off.  Another QuantEmbedding in the place of w
+    is shared.  Raises ValueError where ids are of another dtype, IndexError where one on a CPU is outside
+    0 .. V - 1.
     """
 
     def __init__(
         self,
-        weight: QuantTensor,
+        weight: QuantTensor | QuantWeight,
         *,
         dtype: torch.dtype = torch.float32,
         padding_idx: int | None = None,
@@ -41,21 +42,19 @@ class QuantEmbedding(QuantWeight):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
         return self
 
     def forward(self, ids: Tensor) -> Tensor:
         if ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"quant_embedding: ids must be int32 or int64, not {ids.dtype}")
-        weight = self.weight
-        if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
-            low, high = ids.aminmax()
-            if int(low) < 0 or int(high) >= weight.out_features:
-                raise IndexError(
-                    f"quant_embedding: ids {int(low)} to {int(high)} are not all of "
-                    f"{weight.out_features} rows"
-                )
-        return weight.rows(ids, self.dtype)
+        try:
+            return self.weight.rows(ids, self.dtype)
+        except IndexError as error:
+            low, high = (int(x) for x in ids.aminmax())
+            raise IndexError(
+                f"quant_embedding: ids {low} to {high} are not all of {self.num_embeddings} rows"
+            ) from error
 
     def extra_repr(self) -> str:
         w = self.weight

@@ -14,25 +14,22 @@ class QuantLinear(QuantWeight):
     State dict: `qweight`, `scales`, and of `zeros`, `minima`, `codebook`, `order` and `nested_code`,
     `nested_scales`, `nested_offset` what the weight has, and `bias`; one with `g_idx` [K], the group of each
     column, is taken too.  `.to(dtype)`, `.half()` and the like cast the bias alone.  `activations` is
-    quant_linear's option.
+    quant_linear's option.  An embedding's head is given the QuantEmbedding in the place of w: it works on that
+    one's weight, where that one is, and has the bias alone.
     """
 
     bias: torch.nn.Parameter | None
 
     def __init__(
-        self, weight: QuantTensor, bias: Tensor | None = None, *, activations: str = "float"
+        self,
+        weight: QuantTensor | QuantWeight,
+        bias: Tensor | None = None,
+        *,
+        activations: str = "float",
     ) -> None:
         super().__init__(weight)
         self.activations = activations
         self.register_parameter("bias", None if bias is None else torch.nn.Parameter(bias))
-
-    @classmethod
-    def tied(
-        cls, other: QuantWeight, bias: Tensor | None = None, *, activations: str = "float"
-    ) -> "QuantLinear":
-        """A layer over the weight of another module, as a head over an embedding's: of its own it has the bias
-        alone, so that the weight moves, loads and is saved once, with the other."""
-        return _Tied(other, bias, activations=activations)
 
     @property
     def in_features(self) -> int:
@@ -53,19 +50,3 @@ class QuantLinear(QuantWeight):
             f"in_features={w.in_features}, out_features={w.out_features}, bits={w.bits}, "
             f"group={w.group}, bias={self.bias is not None}, activations={self.activations}"
         )
-
-
-class _Tied(QuantLinear):
-    def __init__(self, other: QuantWeight, bias: Tensor | None, *, activations: str) -> None:
-        torch.nn.Module.__init__(self)
-        self._other = (other,)  # in a tuple, which keeps it from being a module of this one
-        self.bits, self.activations = other.bits, activations
-        self.register_parameter("bias", None if bias is None else torch.nn.Parameter(bias))
-
-    def _get_name(self) -> str:
-        return "QuantLinear"
-
-    @property
-    def weight(self) -> QuantTensor:
-        """The other's, as it is now."""
-        return self._other[0].weight

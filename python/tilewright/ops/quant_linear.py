@@ -66,7 +66,8 @@ def quant_linear(
     """A linear layer over a quantised weight: x [..., K], w [N, K], bias [N] -> [..., N].
 
     x and bias are float32, bfloat16 or float16, alike; accumulation is float32.  Weights are rounded to x's dtype
-    where tensor cores multiply them, and for bfloat16's input gradient.  activations="int8" rounds x to int8 in blocks of 32 columns first (the
+    where tensor cores multiply them, and for bfloat16's input gradient; many rows of 16 bits are torch's
+    product on a GPU.  activations="int8" rounds x to int8 in blocks of 32 columns first (the
     scheme of llama.cpp's Q8_0 activations), which integer units multiply faster and which costs
     accuracy; its gradient is the float one.  Gradients reach x and bias, never w.  Under autocast
     x and bias are cast as torch.nn.functional.linear's are.  Raises ValueError where a shape,

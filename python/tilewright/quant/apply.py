@@ -31,8 +31,8 @@ class QuantConfig:
     symmetric: no zero-points; hqq has none such; None is the method's: True but for hqq
     act_order, damping: gptq's
     skip: ends of the names of layers that stay as they are
-    embeddings: 4 or 8 bits for embeddings, by rtn, and for heads that are tied to one, whatever `skip` says of
-        these; 0 leaves both as they are
+    embeddings: 4 or 8 bits for embeddings, by rtn, and for what is tied to one, a head, whatever `skip` says of
+        that; 0 leaves both as they are
     """
 
     method: str = "rtn"
@@ -129,15 +129,6 @@ def embeddings(module: torch.nn.Module, skip: Sequence[str] = ()) -> dict[str, t
     }
 
 
-def heads(module: torch.nn.Module, embedding: torch.nn.Embedding) -> dict[str, torch.nn.Linear]:
-    """The linear layers that are tied to an embedding."""
-    return {
-        name: layer
-        for name, layer in module.named_modules()
-        if type(layer) is torch.nn.Linear and layer.weight is embedding.weight
-    }
-
-
 def linears(module: torch.nn.Module, skip: Sequence[str] = ()) -> dict[str, torch.nn.Linear]:
     """The linear layers of a module by name, but those whose names end in one of `skip`, and those that are tied
     to an embedding, whose weight is not theirs to change."""
@@ -172,10 +163,11 @@ def _check_embeddings(found: Mapping[str, torch.nn.Embedding], config: QuantConf
             raise ValueError(
                 f"quantize: {name}: max_norm {layer.max_norm} changes the weight as it is read"
             )
-        _check_finite(name, layer.weight)
+        check_finite(name, layer.weight)
 
 
-def _check_finite(name: str, weight: Tensor) -> None:
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raises ValueError, with the layer's name, where its weight is not."""
     if not bool(weight.isfinite().all()):
         raise ValueError(f"quantize: {name}: its weight holds nan or infinity")
 
@@ -197,15 +189,17 @@ def put(
 
 
 def _put(module: torch.nn.Module, name: str, new: torch.nn.Module) -> None:
-    """A module in the place of the one of that name, and wherever else that one is."""
-    old = module.get_submodule(name)
-    new.train(old.training)
+    parent, _, last = name.rpartition(".")
+    new.train(module.get_submodule(name).training)
+    setattr(module.get_submodule(parent), last, new)
+
+
+def _put_everywhere(module: torch.nn.Module, made: dict[torch.nn.Module, torch.nn.Module]) -> None:
+    """Modules in the places of others, by these: in all of them, where one has several."""
     for parent in list(module.modules()):
-        for last, child in list(
-            parent._modules.items()
-        ):  # of which named_children leaves out twins
-            if child is old:
-                setattr(parent, last, new)
+        for last, child in list(parent._modules.items()):
+            if child is not None and child in made:
+                setattr(parent, last, made[child].train(child.training))
 
 
 @torch.no_grad()
@@ -220,19 +214,26 @@ def embedded(name: str, weight: Tensor, config: QuantConfig) -> QuantTensor:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _put_embedding(
-    module: torch.nn.Module, name: str, weight: QuantTensor, activations: str
+def _replace_embeddings(
+    module: torch.nn.Module, weights: Mapping[str, QuantTensor], activations: str
 ) -> None:
-    """nn.QuantEmbedding of weight in the place of an embedding, and in those of heads that are tied to it layers
-    which share it."""
-    layer = module.get_submodule(name)
-    assert isinstance(layer, torch.nn.Embedding)
-    made = nn.QuantEmbedding(weight, dtype=layer.weight.dtype, padding_idx=layer.padding_idx)
-    for head, linear in heads(module, layer).items():
-        tied = nn.QuantLinear.tied(made, activations=activations)
-        tied.bias = linear.bias
-        _put(module, head, tied)
-    _put(module, name, made)
+    """The module's embeddings of these names by nn.QuantEmbedding; one that shares another's parameter shares its
+    weight, and so does a linear layer, a head."""
+    first: dict[int, nn.QuantEmbedding] = {}  # by the parameter
+    made: dict[torch.nn.Module, torch.nn.Module] = {}
+    found = embeddings(module)
+    for name, weight in weights.items():
+        layer = found[name]
+        made[layer] = new = nn.QuantEmbedding(
+            first.get(id(layer.weight), weight), dtype=layer.weight.dtype, padding_idx=layer.padding_idx
+        )  # fmt: skip
+        first.setdefault(id(layer.weight), new)
+    for linear in module.modules():
+        if type(linear) is torch.nn.Linear and id(linear.weight) in first:
+            head = nn.QuantLinear(first[id(linear.weight)], activations=activations)
+            head.bias = linear.bias
+            made[linear] = head
+    _put_everywhere(module, made)
 
 
 @torch.no_grad()
@@ -312,8 +313,11 @@ def replace(module: torch.nn.Module, config: QuantConfig, seen: dict[str, Inputs
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         made[name] = weight
+    replaced: dict[torch.nn.Module, torch.nn.Module] = {}
     for name, weight in made.items():
-        put(module, name, weight, config.activations)
+        old = module.get_submodule(name)
+        replaced[old] = put(module, name, weight, config.activations)
+    _put_everywhere(module, replaced)
 
 
 def quantize_(
@@ -330,13 +334,21 @@ def quantize_(
     model too large for that is quantised layer by layer (`tilewright quantize`).  Raises ValueError where a
     layer does not take config or is not reached, or a fold names none, before any is changed.
     """
-    if type(model) is torch.nn.Linear:
-        raise ValueError("quantize: the model is one linear layer: give the module that holds it")
-    layers, known = linears(model, config.skip), linears(model)
+    if type(model) in (torch.nn.Linear, torch.nn.Embedding):
+        raise ValueError(
+            f"quantize: the model is one {type(model).__name__}: give the module that holds it"
+        )
+    layers = linears(model, config.skip)
+    known = {name for name, layer in model.named_modules() if type(layer) is torch.nn.Linear}
     check(layers, config)
     for name, layer in layers.items():
-        _check_finite(name, layer.weight)
+        check_finite(name, layer.weight)
     found = embeddings(model, config.skip) if config.embeddings else {}
+    if config.embeddings and not found:
+        raise ValueError(
+            f"quantize: embeddings of {config.embeddings} bits: the model has no torch.nn.Embedding"
+            " that is not skipped"
+        )
     _check_embeddings(found, config)
     made = {name: embedded(name, layer.weight, config) for name, layer in found.items()}
     for one in folds:
@@ -358,7 +370,8 @@ def quantize_(
         seen = gather(model, config, run, folds)
     if config.method in ("awq", "smoothquant"):
         fold(model, config, seen, folds)
+        if folds:  # into embeddings too, where these are what is before
+            made = {name: embedded(name, layer.weight, config) for name, layer in found.items()}
     replace(model, config, seen)
-    for name, weight in made.items():
-        _put_embedding(model, name, weight, config.activations)
+    _replace_embeddings(model, made, config.activations)
     return model
