@@ -144,7 +144,7 @@ def test_embeddings_of_one_parameter_share_it():
 def test_no_embedding_to_quantise():
     for model, told in (
         (torch.nn.Sequential(torch.nn.Linear(E, E)), "the model has no torch.nn.Embedding"),
-        (torch.nn.Embedding(V, E), "the model is one Embedding"),
+        (torch.nn.Embedding(V, E), "the model is one embedding"),
     ):
         with pytest.raises(ValueError, match=told):
             quantize_(model, QuantConfig(group=32, embeddings=8))

@@ -334,10 +334,9 @@ def quantize_(
     model too large for that is quantised layer by layer (`tilewright quantize`).  Raises ValueError where a
     layer does not take config or is not reached, or a fold names none, before any is changed.
     """
-    if type(model) in (torch.nn.Linear, torch.nn.Embedding):
-        raise ValueError(
-            f"quantize: the model is one {type(model).__name__}: give the module that holds it"
-        )
+    alone = {torch.nn.Linear: "linear layer", torch.nn.Embedding: "embedding"}.get(type(model))
+    if alone is not None:
+        raise ValueError(f"quantize: the model is one {alone}: give the module that holds it")
     layers = linears(model, config.skip)
     known = {name for name, layer in model.named_modules() if type(layer) is torch.nn.Linear}
     check(layers, config)
