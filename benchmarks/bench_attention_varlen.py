@@ -14,6 +14,7 @@ from torch import Tensor
 from tilewright import ops
 
 OP = "attention_varlen"
+ROUTE = "attention"  # whose kernels serve it
 TENSOR_CORES = True
 SHAPES: dict[str, dict] = {
     "8 documents of 128": {"N": 8, "H": 9, "G": 3, "S": 128, "D": 64},

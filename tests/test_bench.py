@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import tilewright
 from tilewright.bench import harness, memory, timing
 
 DEFINITION = """
@@ -40,10 +41,12 @@ def definition(tmp_path: Path) -> ModuleType:
 
 def test_every_definition_of_the_house_can_be_found():
     directory = Path(__file__).resolve().parent.parent / "benchmarks"
+    routed = {route.op for route in tilewright.explain()}
     for found in harness.discover(directory):
         assert hasattr(found, "measure") or {"tilewright", "eager"} <= found.PROVIDERS.keys()
         if hasattr(found, "OP"):
             assert harness.name_of(found) == found.OP
+            assert getattr(found, "ROUTE", found.OP) in routed
 
 
 def test_an_op_is_timed_forward_and_backward_at_every_shape(definition):

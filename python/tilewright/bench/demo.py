@@ -97,7 +97,7 @@ def op_table(console: Console, directory: Path, quick: bool) -> list[str]:
                 definition.OP,
                 shape,
                 line["dtype"],
-                routes.get((definition.OP, harness.device()), "reference"),
+                routes[getattr(definition, "ROUTE", definition.OP), harness.device()],
                 f"{mine:.2e}" + (" FAILS" if failure else ""),
                 f"{eagers:.2e}",
                 mode,

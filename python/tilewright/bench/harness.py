@@ -6,7 +6,8 @@ A file benchmarks/bench_<name>.py defines one of two things:
   PROVIDERS (name -> fn(**inputs), with "tilewright" and "eager" among them), cost(dtype, **sizes) ->
   (least bytes moved, FLOPs) of the forward pass, and backward_cost of the backward.  Inputs that
   require a gradient make the harness time forward and backward too.  TENSOR_CORES where the FLOPs
-  are matrix products: what a GPU's roofline is then;
+  are matrix products: what a GPU's roofline is then.  ROUTE, the op whose kernels serve it, where
+  that is another;
 - a measurement of its own: measure(quick) -> rows.
 
 A row is verified before it is timed: ours by the tolerance rule against eager in float64, else
