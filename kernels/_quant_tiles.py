@@ -17,7 +17,7 @@ MOST_ROWS = 4096  # rows, and
 MOST_FEATURES = 32768  # features, from which more make no difference
 
 
-def _block_k(group: int, widest: int) -> int:
+def columns_of(group: int, widest: int) -> int:
     """Columns a tile: the widest power of two in the group, or one that covers it masked."""
     for block in (128, 64, 32):
         if block <= widest and group % block == 0:
@@ -41,7 +41,7 @@ def _tiles(M: int, dtype: torch.dtype) -> Config:
 
 def _gemv_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
     """For M <= GEMV_ROWS."""
-    block_k = _block_k(group, 128)
+    block_k = columns_of(group, 128)
     # one row keeps 32 bytes of weight in flight a thread; more rows hold more x, and masked tiles
     # more addresses, so they take fewer columns lest registers spill
     columns = 1024 if M == 1 else 512 if M == 2 else 256
@@ -54,7 +54,7 @@ def _gemv_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K
 
 def _gemm_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
     config = _tiles(M, dtype)
-    config |= {"BLOCK_K": _block_k(group, config["BLOCK_K"])}
+    config |= {"BLOCK_K": columns_of(group, config["BLOCK_K"])}
     programs = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
     shares = 1
     while M <= SHARED_ROWS and shares < 8 and 2 * shares * programs <= PROGRAMS:
@@ -66,21 +66,21 @@ def _gemm_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K
 
 
 def _dense_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
-    """Writing w and reading it again is what a product of some 256 rows takes, and a library's product
-    that much faster than one which decodes as it goes.  Not float32, of which torch's is no faster."""
+    """By the bytes, not yet measured: writing w and reading it again takes what a product of some 256 rows does,
+    which a library's must save over one that decodes as it goes.  Not float32, of which torch's is no faster."""
     return {"DENSE": int(M >= 512 and dtype != torch.float32)}
 
 
 def _dgrad_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
     """_gemm_heuristic with the output's columns along K, the walk along N."""
     config = _tiles(M, dtype)
-    block_n, block_k = min(64, config["BLOCK_K"]), _block_k(group, config["BLOCK_N"])
+    block_n, block_k = min(64, config["BLOCK_K"]), columns_of(group, config["BLOCK_N"])
     return config | {"BLOCK_N": block_n, "BLOCK_K": block_k}
 
 
 def _widths(group: int) -> tuple[int, ...]:
     """The BLOCK_K that divide a group; where none does, the one that masks it."""
-    return tuple(k for k in (32, 64, 128) if group % k == 0) or (_block_k(group, 128),)
+    return tuple(k for k in (32, 64, 128) if group % k == 0) or (columns_of(group, 128),)
 
 
 def _gemv_space(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> list[Config]:
@@ -113,7 +113,7 @@ def _product_space(
 
 def _product_widths(group: int) -> tuple[int, ...]:
     dividing = tuple(k for k in (32, 64, 128) if group % k == 0)
-    return dividing or tuple(sorted({_block_k(group, widest) for widest in (32, 64, 128)}))
+    return dividing or tuple(sorted({columns_of(group, widest) for widest in (32, 64, 128)}))
 
 
 def _gemm_space(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> list[Config]:

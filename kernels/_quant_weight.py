@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._quant_tiles import columns_of
+
 SYMMETRIC, ZEROS, MINIMA, CODEBOOK = 0, 1, 2, 3
 MOST = 1 << 28  # bytes of a dequantised weight at once
 RUN = 4096  # columns of a row that a program decodes, at most
@@ -52,6 +54,16 @@ def weight_tile(
 
 
 @triton.jit
+def tile_columns(tile, tiles_per_group, group, BLOCK_K: tl.constexpr, FULL: tl.constexpr):
+    """(g, k, k_end) of tiles of BLOCK_K columns, as weight_tile takes them."""
+    g = tile // tiles_per_group
+    k = g * group + (tile % tiles_per_group) * BLOCK_K
+    if FULL:
+        k = tl.multiple_of(k, BLOCK_K)
+    return g, k, (g + 1) * group
+
+
+@triton.jit
 def _dequantize_kernel(
     q_ptr, s_ptr, o_ptr, w_ptr,
     stride_qn, stride_sn,
@@ -62,11 +74,7 @@ def _dequantize_kernel(
     """TILES tiles of BLOCK_K columns of one row of w, each in one group."""
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
     n = tl.program_id(0).to(tl.int64) + tl.zeros((TILES,), tl.int64)
-    g = tile // tiles_per_group
-    k = g * group + (tile % tiles_per_group) * BLOCK_K
-    k_end = (g + 1) * group
-    if FULL:
-        k = tl.multiple_of(k, BLOCK_K)
+    g, k, k_end = tile_columns(tile, tiles_per_group, group, BLOCK_K, FULL)
     w = weight_tile(
         q_ptr, s_ptr, o_ptr, n, tile < tiles, g, k, k_end,
         stride_qn, stride_sn, BITS, OFFSET, BLOCK_K, FULL,
@@ -93,8 +101,7 @@ def offset_of(
 
 def _dequantize_block(group: int, tiles_of: int) -> dict[str, Any]:
     """Constants of a launch, for a row of tiles_of groups."""
-    block = next((k for k in (128, 64, 32) if group % k == 0), 0)
-    block = block or min(64, max(16, triton.next_power_of_2(group)))
+    block = columns_of(group, 128)
     tiles = triton.next_power_of_2(tiles_of * triton.cdiv(group, block))
     return {"BLOCK_K": block, "TILES": min(tiles, RUN // block), "FULL": group % block == 0}
 

@@ -48,6 +48,7 @@ from ._quant_weight import (
     by_columns,
     by_rows,
     offset_of,
+    tile_columns,
     weight_tile,
 )
 from ._tune import Tunable, bucket, split
@@ -73,25 +74,18 @@ def _gemv_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N, SPLIT), tl.float32)
     for step in range(0, tl.cdiv(tiles, SPLIT)):
         tile = step * SPLIT + r % SPLIT
-        g = tile // tiles_per_group
-        k = g * group + (tile % tiles_per_group) * BLOCK_K
-        k_end = (g + 1) * group
-        if FULL:
-            k = tl.multiple_of(k, BLOCK_K)
+        g, k, k_end = tile_columns(tile, tiles_per_group, group, BLOCK_K, FULL)
         w = weight_tile(
             q_ptr, s_ptr, o_ptr, n_r, (n_r < N) & (tile < tiles), g, k, k_end,
             stride_qn, stride_sn, BITS, OFFSET, BLOCK_K, FULL,
         )  # fmt: skip
 
         tile_x = step * SPLIT + tl.arange(0, SPLIT)
-        g_x = tile_x // tiles_per_group
-        start = g_x * group + (tile_x % tiles_per_group) * BLOCK_K
-        if FULL:
-            start = tl.multiple_of(start, BLOCK_K)
+        _, start, end = tile_columns(tile_x, tiles_per_group, group, BLOCK_K, FULL)
         col = (start[:, None] + tl.arange(0, BLOCK_K)[None, :])[None, :, :]
         mask = (m < M) & (tile_x < tiles)[None, :, None]
         if not FULL:
-            mask = mask & (col < ((g_x + 1) * group)[None, :, None])
+            mask = mask & (col < end[None, :, None])
         x = tl.load(x_rows + col, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, SPLIT, BLOCK_K]
         w = tl.reshape(w, (1, BLOCK_N, SPLIT, BLOCK_K))
         acc += tl.sum(w * x[:, None, :, :], axis=3)
@@ -132,11 +126,7 @@ def _gemm_kernel(
         last = tl.minimum(first + share, tiles)
         y_ptr += tl.program_id(2).to(tl.int64) * M * stride_ym
     for tile in range(first, last):
-        g = tile // tiles_per_group
-        k = g * group + (tile % tiles_per_group) * BLOCK_K
-        k_end = (g + 1) * group
-        if FULL:
-            k = tl.multiple_of(k, BLOCK_K)
+        g, k, k_end = tile_columns(tile, tiles_per_group, group, BLOCK_K, FULL)
         w = weight_tile(
             q_ptr, s_ptr, o_ptr, n, n < N, one + g, one + k, one + k_end,
             stride_qn, stride_sn, BITS, OFFSET, BLOCK_K, FULL,
@@ -182,11 +172,7 @@ def _dgrad_kernel(
     """A BLOCK_M x BLOCK_K tile of dx = dy w, its columns in one group, walking N."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile = tl.program_id(1)
-    g = tile // tiles_per_group
-    k = g * group + (tile % tiles_per_group) * BLOCK_K
-    k_end = (g + 1) * group
-    if FULL:
-        k = tl.multiple_of(k, BLOCK_K)
+    g, k, k_end = tile_columns(tile, tiles_per_group, group, BLOCK_K, FULL)
     j = tl.arange(0, BLOCK_N)
     one = tl.zeros((1,), tl.int32)
     dy_rows = dy_ptr + m[:, None] * stride_dym + j[None, :]
@@ -284,16 +270,6 @@ def _is_dense(way: Tunable, x: Tensor, bits: int, group: int, M: int, N: int, K:
     return bool(way(x.device, x.dtype, bits, group, *sizes)["DENSE"])
 
 
-def _shared_out(
-    config: dict[str, Any], x: Tensor, bias: Tensor | None, y: Tensor
-) -> tuple[Tensor, dict[str, Any]]:
-    """Where the tiled kernel stores, and what it makes of the bias: y and it, or the shares' own sums."""
-    if config["SHARES"] == 1:
-        return y, {"HAS_BIAS": bias is not None}
-    shape = config["SHARES"], x.shape[0], y.shape[-1]
-    return x.new_empty(shape, dtype=torch.float32), {"HAS_BIAS": False}
-
-
 def _linear(
     bits: int, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None,
     minima: Tensor | None, codebook: Tensor | None, bias: Tensor | None, activations: str,
@@ -328,14 +304,15 @@ def _linear(
         config["BLOCK_M"] = bucket(M, GEMV_ROWS)
         programs = (triton.cdiv(N, config["BLOCK_N"]),)
         kernel = _gemv_kernel
-        constants["HAS_BIAS"] = bias is not None
     else:
         config = _narrow(_config(GEMM, x, bits, group, M, N, K), kind)
         blocks = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])
         programs = (*blocks, config["SHARES"])
         kernel = _gemm_kernel
-        to, more = _shared_out(config, x, bias, y)
-        constants |= _dot(x.dtype) | more
+        if config["SHARES"] > 1:
+            to = x.new_empty(config["SHARES"], M, N, dtype=torch.float32)
+        constants |= _dot(x.dtype)
+    constants["HAS_BIAS"] = bias is not None and to is y  # else who adds the shares adds it
     per_group = triton.cdiv(group, config["BLOCK_K"])
     kernel[programs](
         x, qweight, scales, offset, scales if bias is None else bias, to,
