@@ -131,10 +131,11 @@ def _dense_space(dtype: torch.dtype, *_: int) -> list[Config]:
 
 KEYS = ("dtype", "bits", "group", "M", "N", "K")
 OPS = ("quant_linear",)
+BOTH = ("quant_linear", "int8_linear")  # whose input gradient is the same
 GEMV = Tunable("quant_linear_gemv", OPS, KEYS, _gemv_heuristic, _gemv_space)
 GEMM = Tunable("quant_linear_gemm", OPS, KEYS, _gemm_heuristic, _gemm_space)
 DENSE = Tunable("quant_linear_dense", OPS, KEYS, _dense_heuristic, _dense_space, is_way=True)
-DGRAD = Tunable("quant_linear_dgrad", OPS, KEYS, _dgrad_heuristic, _product_space)
+DGRAD = Tunable("quant_linear_dgrad", BOTH, KEYS, _dgrad_heuristic, _product_space)
 DENSE_DGRAD = Tunable(
-    "quant_linear_dgrad_dense", OPS, KEYS, _dense_heuristic, _dense_space, is_way=True
+    "quant_linear_dgrad_dense", BOTH, KEYS, _dense_heuristic, _dense_space, is_way=True
 )

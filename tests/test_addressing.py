@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tilewright import QuantTensor, ops
+from tilewright.quant_tensor import Int8Rows
 
 FAR = 1 << 30  # elements from row to row: the third begins at 2^31
 
@@ -52,6 +53,20 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
             q, k, v, k_cache, v_cache, torch.tensor([3]), cos=cos, sin=sin
         )
 
+    by_row = QuantTensor(w8.qweight, w8.scales[:, :1].contiguous(), bits=8)
+
+    def spread_codes(x: Tensor) -> Int8Rows:
+        """x as codes, whose rows are as far apart."""
+        codes = (20 * x.detach()).contiguous().to(torch.int8)
+        codes = codes if x.is_contiguous() else far_apart(codes, 0)
+        return Int8Rows(codes, torch.ones(3), torch.float32)
+
+    def normed(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        rows, h = ops.rms_norm_int8(
+            x.detach(), weight, residual=None if residual is None else residual.detach()
+        )
+        return rows.dequantize() + h
+
     return {
         "rms_norm": (lambda x: ops.rms_norm(x, weight), row, 0),
         "add_rms_norm": (lambda x: ops.add_rms_norm(x, wide, weight)[0], row, 0),
@@ -63,6 +78,15 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
         "rope batch": (lambda x: ops.rope(x, cos, sin), draw(3, 2, 4, 64), 0),
         "quant_linear 4": (lambda x: ops.quant_linear(x, w4), row, 0),
         "quant_linear 8": (lambda x: ops.quant_linear(x, w8), draw(3, 4, 64), 0),
+        "int8_linear": (lambda x: ops.int8_linear(x, by_row), row, 0),
+        "int8_linear rows": (
+            lambda x: ops.int8_linear(spread_codes(x), by_row) + 0 * x.sum(),
+            row,
+            0,
+        ),
+        "int8_rows": (lambda x: ops.int8_rows(x.detach()).dequantize() + 0 * x.sum(), row, 0),
+        "rms_norm_int8": (lambda x: normed(x) + 0 * x.sum(), row, 0),
+        "rms_norm_int8 residual": (lambda x: normed(wide, x) + 0 * x.sum(), row, 0),
         "attention q": (lambda x: ops.attention(x, kv, kv), q, 2),
         "attention k": (lambda x: ops.attention(q, x, kv), kv, 2),
         "attention v": (lambda x: ops.attention(q, kv, x), kv, 2),
@@ -147,7 +171,8 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
 
 NAMES = (
     "rms_norm", "add_rms_norm", "add_rms_norm residual", "swiglu gate", "swiglu up", "geglu", "rope",
-    "rope batch", "quant_linear 4", "quant_linear 8", "attention q", "attention k", "attention v",
+    "rope batch", "quant_linear 4", "quant_linear 8", "int8_linear", "int8_linear rows", "int8_rows", "rms_norm_int8",
+    "rms_norm_int8 residual", "attention q", "attention k", "attention v",
     "attention batch", "merge_attention out", "attention_decode page", "attention_decode key", "attention_decode_append_ page",
     "attention_decode heads", "attention_decode_append_ heads", "attention_decode_append_ value heads",
     "attention_decode_with_lse q",

@@ -290,7 +290,14 @@ def test_quant_linear_on_any_layout(data: st.DataObject, dtype: torch.dtype):
 def test_every_op_is_drawn():
     kinds = ("", "_decode", "_varlen")
     family = [f"attention{kind}{more}" for kind in kinds for more in ("", "_with_lse")]
-    others = ["attention_decode_append_", "merge_attention", "quant_linear"]
+    others = [
+        "attention_decode_append_",
+        "merge_attention",
+        "quant_linear",
+        "int8_linear",
+        "int8_rows",
+    ]
+    others += ["rms_norm_int8"]  # of codes, which a last bit decides
     assert sorted([*OPS, *family, *others]) == sorted(ops.__all__)
 
 

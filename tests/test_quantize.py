@@ -66,7 +66,7 @@ def test_methods(config):
     assert all(type(getattr(model, n)) is nn.QuantLinear for n in ("gate", "up", "down"))
     assert type(model.lm_head) is torch.nn.Linear and model.gate.bias is not None
     assert model.gate.weight.bits == config.bits
-    assert model.gate.activations == ("int8" if config.method == "smoothquant" else "float")
+    assert model.gate.activations == ("int8_token" if config.method == "smoothquant" else "float")
     error = sum(float((model(x) - y).square().sum()) for x, y in zip(inputs, truth, strict=True))
     size = sum(float(y.square().sum()) for y in truth)
     assert error < (0.001 if config.bits == 8 else 0.05) * size

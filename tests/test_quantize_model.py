@@ -8,10 +8,11 @@ import safetensors.torch
 import torch
 import transformers
 
+from tilewright import ops
 from tilewright.models import Llama
 from tilewright.models._quantize import PLAN, quantize
 from tilewright.nn import QuantLinear
-from tilewright.quant import gptq, quantisers
+from tilewright.quant import checkpoint, gptq, quantisers
 from tilewright.quant.apply import QuantConfig
 
 SIZES = dict(
@@ -66,6 +67,44 @@ def test_methods(config, model, tmp_path):
     layers = [m for m in found.modules() if isinstance(m, QuantLinear)]
     assert len(layers) == 12 and {m.bits for m in layers} == {config.bits}
     assert lost(found(ids(4)), truth) < (0.001 if config.bits == 8 else 0.1)
+
+
+def test_activations_by_token_are_rounded_in_the_norm(model, tmp_path, monkeypatch):
+    """Where no gradient is wanted; else in the layer, of the norm's output: the same but for float32's rounding."""
+    quantize(model, tmp_path / "out", CONFIGS["smoothquant"], calibration=ids())
+    found = Llama.from_pretrained(tmp_path / "out")
+    assert {layer.qkv.activations for layer in found.layers} == {"int8_token"}
+    called = []
+    fused = ops.rms_norm_int8
+    monkeypatch.setattr(ops, "rms_norm_int8", lambda *a, **k: called.append(1) or fused(*a, **k))
+    apart = found(ids(2))
+    assert not called
+    with torch.no_grad():
+        y = found(ids(2))
+    assert len(called) == 2 * len(found.layers) and lost(y, apart) < 1e-4
+    plain = Llama.from_pretrained(tmp_path / "out", activations="float")
+    assert plain.activations == "float" and lost(plain(ids(2)), apart) < 1e-3
+    quantize(model, tmp_path / "by group", CONFIGS["rtn"])
+    with pytest.raises(ValueError, match="int8_token takes a weight of 8 bits"):
+        Llama.from_pretrained(tmp_path / "by group", activations="int8_token")
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "wanted"),
+    [
+        ({"num_bits": 8, "strategy": "channel", "symmetric": True}, ("token", True), "int8_token"),
+        ({"num_bits": 8, "strategy": "channel", "symmetric": False}, ("token", True), "int8"),
+        ({"num_bits": 4, "strategy": "group", "symmetric": True}, ("token", True), "int8"),
+        ({"num_bits": 8, "strategy": "channel", "symmetric": True}, ("tensor", False), "int8"),
+        ({"num_bits": 8, "strategy": "channel", "symmetric": True}, None, "float"),
+    ],
+)
+def test_activations_that_a_folder_says(weights, inputs, wanted):
+    rows = None
+    if inputs is not None:
+        rows = {"num_bits": 8, "type": "int", "strategy": inputs[0], "dynamic": inputs[1]}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": rows}}
+    assert checkpoint.activations({"config_groups": groups}) == wanted
 
 
 def test_gptq_loses_less_than_rtn(model, tmp_path):

@@ -8,7 +8,7 @@ visits tiles outside its mask exceeds both its loads and its FLOPs.
 
 import itertools
 from collections.abc import Callable
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -101,6 +101,33 @@ def quant_flops(e: int, *, M: int, N: int, K: int, bits: int) -> int:
     return 2 * rows * columns * K
 
 
+def int8_tiles(e: int, M: int, N: int, K: int) -> dict[str, int]:
+    from tilewright.kernels.int8_linear import PRODUCT, _fitted
+
+    return _fitted(PRODUCT.heuristic(FP32 if e == 4 else BF16, power(M), power(N), power(K)), K)
+
+
+def int8_loads(e: int, *, M: int, N: int, K: int) -> int:
+    """x twice for its codes; the weight once a block of rows, codes and scales once a block of outputs."""
+    t = int8_tiles(e, M, N, K)
+    product = ceil(M / t["BLOCK_M"]) * N * (K + 4) + ceil(N / t["BLOCK_N"]) * M * (K + 4)
+    return 2 * M * K * e + product
+
+
+def int8_flops(e: int, *, M: int, N: int, K: int) -> int:
+    t = int8_tiles(e, M, N, K)
+    return 2 * prod(
+        ceil(n / t[f"BLOCK_{d}"]) * t[f"BLOCK_{d}"] for d, n in zip("MNK", (M, N, K), strict=True)
+    )
+
+
+def norm_int8_loads(e: int, *, M: int, N: int) -> int:
+    """add_rms_norm's, and the weight once more where rows are read twice."""
+    from tilewright.kernels.rms_norm import WHOLE_FWD
+
+    return norm_loads(2)(e, M=M, N=N) + (M * N * e if N > WHOLE_FWD else 0)
+
+
 NORM = ({"M": 5, "N": 96}, {"M": 70, "N": 33}, {"M": 2, "N": 20000})
 GLU = (
     {"rows": 5, "width": 96, "packed": False},
@@ -156,12 +183,19 @@ CASES = {
         quant_loads,
         quant_flops,
     ),
+    "int8_linear": (
+        ({"M": 5, "N": 40, "K": 192}, {"M": 70, "N": 70, "K": 300}),
+        int8_loads,
+        int8_flops,
+    ),
+    "rms_norm_int8": (NORM, norm_int8_loads, None),
 }
 # four bytes that a forward tells of its rows, or is told: how many
 TOLD = {
     "rms_norm": lambda M, N: M,
     "add_rms_norm": lambda M, N: M,
     "quant_linear": quant_told,
+    "int8_linear": lambda M, N, K: M * K // 2 + 2 * M,  # codes and scales, stored and loaded
     "attention": lambda B, H, S, **_: B * H * S,
     "attention_decode": attention.decode_told,
     "attention_varlen": lambda N, H, S, **_: N * S * (H + 2),
@@ -235,6 +269,16 @@ def quant_backward(e: int, *, M: int, N: int, K: int, bits: int) -> tuple[int, i
     return 0, loaded, M * K * e, flops
 
 
+def int8_backward(e: int, *, M: int, N: int, K: int) -> tuple[int, int, int, int]:
+    from tilewright.kernels.quant_linear import DGRAD
+
+    t = DGRAD.heuristic(FP32 if e == 4 else BF16, 8, K, power(M), power(N), power(K))
+    tiles, blocks = ceil(K / t["BLOCK_K"]), ceil(M / t["BLOCK_M"])
+    loaded = blocks * N * (K + 4 * tiles) + tiles * M * N * e
+    rows, outputs = blocks * t["BLOCK_M"], ceil(N / t["BLOCK_N"]) * t["BLOCK_N"]
+    return 0, loaded, M * K * e, 2 * rows * outputs * tiles * t["BLOCK_K"]
+
+
 BACKWARD: dict[str, tuple[tuple[dict[str, Any], ...], Callable[..., tuple[int, int, int, int]]]]
 BACKWARD = {
     "rms_norm": (NORM[:2], norm_backward(2)),
@@ -243,6 +287,7 @@ BACKWARD = {
     "geglu": (GLU, glu_backward),
     "rope": (CASES["rope"][0], rope_backward),
     "quant_linear": (CASES["quant_linear"][0], quant_backward),
+    "int8_linear": (CASES["int8_linear"][0], int8_backward),
     "attention": (CASES["attention"][0], attention.attention_backward),
     "attention_varlen": (CASES["attention_varlen"][0], attention.varlen_backward),
 }
@@ -352,7 +397,9 @@ def test_blocks_that_are_left_out_are_not_visited(dtype, interpreter):
 def test_every_op_is_counted():
     ops = [path.stem for path in (ROOT / "python/tilewright/ops").glob("[a-z]*.py")]
     assert sorted(CASES) == sorted(ops)
-    assert sorted([*BACKWARD, "attention_decode"]) == sorted(ops)  # which has no backward
+    assert sorted([*BACKWARD, "attention_decode", "rms_norm_int8"]) == sorted(
+        ops
+    )  # these have none
 
 
 PAGE = harness.load(ROOT / "benchmarks/kernels.py")

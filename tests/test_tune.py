@@ -156,6 +156,8 @@ SIZES: dict[str, list[dict[str, Any]]] = {
         {"M": 3, "N": 40, "K": 384, "bits": 4},
         {"M": 70, "N": 70, "K": 256, "bits": 8},
     ],
+    "int8_linear": [{"M": 70, "N": 70, "K": 300}],
+    "rms_norm_int8": [{"M": 37, "N": 200}, {"M": 2, "N": 17000}],
 }
 
 

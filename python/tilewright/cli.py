@@ -53,6 +53,7 @@ class DType(str, Enum):
 class Activations(str, Enum):
     float = "float"
     int8 = "int8"
+    int8_token = "int8_token"
 
 
 ModelPath = Annotated[
@@ -66,7 +67,8 @@ ActivationsOption = Annotated[
     Activations | None,
     typer.Option(
         "--activations",
-        help="int8: round activations to 8 bits per group, faster.",
+        help="Round activations to 8 bits, faster: int8 in blocks of 32 columns, int8_token by token, where "
+        "weights are 8 bits by row.",
         show_default="the model's own, else float",
     ),
 ]

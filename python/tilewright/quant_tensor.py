@@ -25,6 +25,8 @@ from torch import Tensor
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NESTED_BLOCK = 256
+# how a quantised layer takes its input: as it is, or rounded to int8 in blocks of 32 columns or by row
+ACTIVATIONS = ("float", "int8", "int8_token")
 OFFSETS = ("zeros", "minima", "codebook")
 PARTS = ("qweight", "scales", "zeros", "minima", "order", "codebook")
 
@@ -44,6 +46,22 @@ class Nested(NamedTuple):
             return (by_block + self.offset).view(scales.shape)
         blocks = self.scales.repeat_interleave(NESTED_BLOCK)[: plain.numel()]
         return (plain * blocks + self.offset).view(scales.shape)
+
+
+class Int8Rows(NamedTuple):
+    """Activations of a scale a row: x[..., k] = codes[..., k] * scales[...], which is of `dtype`.
+
+    codes [..., K] int8 of -127 to 127, scales [...] float32; a scale of nan makes its row nan.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    def dequantize(self) -> Tensor:
+        """x [..., K]: computed in float32 (float64 for float64), rounded once."""
+        work = torch.promote_types(self.dtype, torch.float32)
+        return (self.codes.to(work) * self.scales.to(work)[..., None]).to(self.dtype)
 
 
 NAMES = (*PARTS, *(f"nested_{name}" for name in Nested._fields))  # of a state dict
@@ -233,6 +251,11 @@ class QuantTensor:
     @property
     def device(self) -> torch.device:
         return self.qweight.device
+
+    @property
+    def by_row(self) -> bool:
+        """Whether it has 8 bits, a scale a row and nothing else: int8_linear's kind."""
+        return self.bits == 8 and self.plain and self.symmetric and self.scales.shape[1] == 1
 
     @property
     def symmetric(self) -> bool:

@@ -21,7 +21,7 @@ from tilewright import nn
 from tilewright.interop.transformers import NAME
 from tilewright.quant import apply, checkpoint
 from tilewright.quant.apply import WITH_INPUTS, QuantConfig
-from tilewright.quant_tensor import NAMES, QuantTensor, check_order
+from tilewright.quant_tensor import ACTIVATIONS, NAMES, QuantTensor, check_order
 
 try:
     from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -85,9 +85,9 @@ class TilewrightConfig(QuantizationConfigMixin):
         self.bits, self.group, self.method = bits, group, method
         self.symmetric = method != "hqq" if symmetric is None else symmetric
         self.scale_dtype = str(scale_dtype).removeprefix("torch.")
-        if activations not in ("float", "int8"):
+        if activations not in ACTIVATIONS:
             raise ValueError(
-                f"TilewrightConfig: activations must be 'float' or 'int8', not {activations!r}"
+                f"TilewrightConfig: activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}"
             )
         self.activations = activations
         self.modules_to_not_convert = None if skip is None else list(skip)

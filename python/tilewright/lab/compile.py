@@ -131,7 +131,7 @@ def _operands(asm: dict[str, Any]) -> str | None:
     if not dots:
         return None
     for kind in ("tf32x3", "tf32"):
-        if any(kind in said for said, _ in dots):
+        if any(kind in said and operand == "f32" for said, operand in dots):
             return kind
     return str(dots[0][1])
 

@@ -51,6 +51,8 @@ def _embedding(linear: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 def tied(embedding: torch.nn.Module, activations: str) -> torch.nn.Module:
     """The head over an embedding's own weight."""
     if isinstance(embedding, nn.QuantEmbedding):
+        if activations == "int8_token" and not embedding.weight.by_row:
+            activations = "int8"  # which takes its groups
         return nn.QuantLinear(embedding, activations=activations)
     assert isinstance(embedding, torch.nn.Embedding)
     return _dense(embedding.weight, None)

@@ -26,6 +26,7 @@ from tilewright.models._sampling import Sampler
 from tilewright.models._tokenizer import TextStream, Tokenizer
 from tilewright.models._weights import GGUF, Folder, tied
 from tilewright.quant.gguf import GGUFFile
+from tilewright.quant_tensor import ACTIVATIONS
 
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -137,11 +138,8 @@ class Layer(torch.nn.Module):
         # straight from the dictionaries: Module.__getattr__ costs a decode step 1 us a time, 180 times
         parts: Any = self._modules
         input_weight = parts["input_norm"]._parameters["weight"]
-        if residual is None:
-            n, residual = ops.rms_norm(x, input_weight, self.eps), x
-        else:
-            n, residual = ops.add_rms_norm(x, residual, input_weight, self.eps)
-        B, S, _ = n.shape
+        B, S, _ = x.shape
+        n, residual = _normed(parts["qkv"], x, residual, input_weight, self.eps)
         H, G = self.heads, self.kv_heads
         qkv = parts["qkv"](n).view(B, S, H + 2 * G, self.head_dim).transpose(1, 2)
         qk, v = qkv[:, : H + G], qkv[:, H + G :]
@@ -155,7 +153,7 @@ class Layer(torch.nn.Module):
         a = ops.attention(q, k, v, causal=True, window=self.window, scale=self.scale)
         x = parts["o"](a.transpose(1, 2).reshape(B, S, -1))
         post_weight = parts["post_norm"]._parameters["weight"]
-        n, residual = ops.add_rms_norm(x, residual, post_weight, self.eps)
+        n, residual = _normed(parts["gate_up"], x, residual, post_weight, self.eps)
         return parts["down"](ops.swiglu(parts["gate_up"](n))), residual
 
 
@@ -237,7 +235,7 @@ class Llama(torch.nn.Module):
 
         dtype (float32 on a CPU, bfloat16 on a GPU where None) is that of activations and of weights
         that are not quantised.  max_context bounds the context below the model's own.
-        activations is nn.QuantLinear's: "int8" rounds what enters a quantised layer; None is what a
+        activations is nn.QuantLinear's: "int8" and "int8_token" round what enters a quantised layer; None is what a
         folder's configuration says, else "float".  progress is
         called with bytes done and bytes in all.  Raises FileNotFoundError where a file is missing,
         ValueError where one is corrupt, of an unknown architecture or type, or lacks a tensor.
@@ -247,8 +245,10 @@ class Llama(torch.nn.Module):
             dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"llama: dtype must be float32, bfloat16 or float16, not {dtype}")
-        if activations not in (None, "float", "int8"):
-            raise ValueError(f"llama: activations must be 'float' or 'int8', not {activations!r}")
+        if activations not in (None, *ACTIVATIONS):
+            raise ValueError(
+                f"llama: activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}"
+            )
         config, source, tokenizer = opened(path, dtype, place, activations)
         return cls(config, source, tokenizer, max_context=max_context, progress=progress).eval()
 
@@ -383,6 +383,17 @@ class Llama(torch.nn.Module):
         if self.config.eos or self.tokenizer is None or self.tokenizer.eos is None:
             return self.config.eos
         return (self.tokenizer.eos,)
+
+
+def _normed(
+    linear: torch.nn.Module, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Any, Tensor]:
+    """rms_norm of x + residual as `linear` takes it, and the sum; as int8 at once where it takes that."""
+    if linear.__dict__.get("activations") == "int8_token" and not torch.is_grad_enabled():
+        return ops.rms_norm_int8(x, weight, eps, residual=residual)
+    if residual is None:
+        return ops.rms_norm(x, weight, eps), x
+    return ops.add_rms_norm(x, residual, weight, eps)
 
 
 def _norm(source: Folder | GGUF, name: str, size: int, eps: float) -> torch.nn.RMSNorm:

@@ -9,8 +9,10 @@ from tilewright.ops.attention_decode import (
 )
 from tilewright.ops.attention_varlen import attention_varlen, attention_varlen_with_lse
 from tilewright.ops.geglu import geglu
+from tilewright.ops.int8_linear import int8_linear, int8_rows
 from tilewright.ops.quant_linear import quant_linear
 from tilewright.ops.rms_norm import rms_norm
+from tilewright.ops.rms_norm_int8 import rms_norm_int8
 from tilewright.ops.rope import rope
 from tilewright.ops.swiglu import swiglu
 
@@ -24,9 +26,12 @@ __all__ = [
     "attention_varlen_with_lse",
     "attention_with_lse",
     "geglu",
+    "int8_linear",
+    "int8_rows",
     "merge_attention",
     "quant_linear",
     "rms_norm",
+    "rms_norm_int8",
     "rope",
     "swiglu",
 ]

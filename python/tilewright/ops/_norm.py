@@ -1,4 +1,4 @@
-"""What rms_norm and add_rms_norm ask of x and the weight."""
+"""What the norms ask of x, the residual and the weight."""
 
 import torch
 from torch import Tensor
@@ -14,6 +14,22 @@ def check_x(op: str, x: Tensor) -> None:
             f"{op}: x must be floating point with at least one dimension, "
             f"not {x.dtype} {tuple(x.shape)}"
         )
+
+
+def alike(op: str, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their dtypes; ValueError where residual does not fit x."""
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"{op}: residual shape {tuple(residual.shape)} does not fit x {tuple(x.shape)}"
+        )
+    if residual.device != x.device:
+        raise ValueError(f"{op}: residual is on {residual.device}, x on {x.device}")
+    if residual.dtype != x.dtype:
+        if not residual.is_floating_point():
+            raise ValueError(f"{op}: residual must be floating point, not {residual.dtype}")
+        wide = torch.promote_types(x.dtype, residual.dtype)
+        return x.to(wide), residual.to(wide)
+    return x, residual
 
 
 def serves(op: str, x: Tensor, weight: Tensor | None) -> bool:

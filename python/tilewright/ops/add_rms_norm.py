@@ -65,17 +65,7 @@ def add_rms_norm(
         if found is not None:
             return found
     _norm.check_x("add_rms_norm", x)
-    if residual.shape != x.shape:
-        raise ValueError(
-            f"add_rms_norm: residual shape {tuple(residual.shape)} does not fit x {tuple(x.shape)}"
-        )
-    if residual.device != x.device:
-        raise ValueError(f"add_rms_norm: residual is on {residual.device}, x on {x.device}")
-    if residual.dtype != x.dtype:
-        if not residual.is_floating_point():
-            raise ValueError(f"add_rms_norm: residual must be floating point, not {residual.dtype}")
-        wide = torch.promote_types(x.dtype, residual.dtype)
-        x, residual = x.to(wide), residual.to(wide)
+    x, residual = _norm.alike("add_rms_norm", x, residual)
     if not _norm.serves("add_rms_norm", x, weight):
         return _op.twin("add_rms_norm")(x, residual, weight, eps, offset=offset)
     if eps is None:

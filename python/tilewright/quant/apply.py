@@ -79,7 +79,7 @@ class QuantConfig:
     @property
     def activations(self) -> str:
         """nn.QuantLinear's option."""
-        return "int8" if self.method == "smoothquant" else "float"
+        return "int8_token" if self.method == "smoothquant" else "float"
 
 
 class Fold(NamedTuple):

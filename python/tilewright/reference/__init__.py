@@ -9,8 +9,10 @@ from tilewright.reference.attention_decode import (
 )
 from tilewright.reference.attention_varlen import attention_varlen, attention_varlen_with_lse
 from tilewright.reference.geglu import geglu
+from tilewright.reference.int8_linear import int8_linear, int8_rows
 from tilewright.reference.quant_linear import quant_linear
 from tilewright.reference.rms_norm import rms_norm
+from tilewright.reference.rms_norm_int8 import rms_norm_int8
 from tilewright.reference.rope import rope
 from tilewright.reference.swiglu import swiglu
 
@@ -24,9 +26,12 @@ __all__ = [
     "attention_varlen_with_lse",
     "attention_with_lse",
     "geglu",
+    "int8_linear",
+    "int8_rows",
     "merge_attention",
     "quant_linear",
     "rms_norm",
+    "rms_norm_int8",
     "rope",
     "swiglu",
 ]
