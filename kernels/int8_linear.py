@@ -70,7 +70,7 @@ def _int8_linear_kernel(
         acc = tl.dot((q ^ 128).to(tl.int8, bitcast=True), x, acc, out_dtype=tl.int32)
     x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)
     scale = tl.load(s_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    y = acc.to(tl.float32) * x_scale[None, :] * scale[:, None]
+    y = acc.to(tl.float32) * scale[:, None] * x_scale[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     to = y_ptr + m[:, None] * N + n[None, :]

@@ -1,7 +1,7 @@
 """h = x + residual, rounded to their dtype;  rms_norm(h) in float32, as int8 codes and a scale a row.
 
 M rows (tokens), N columns (features).  Rows up to WHOLE_FWD columns stay in registers and are read once; wider
-rows are walked in tiles, and read twice.
+rows are walked in tiles, and read three times.
 """
 
 import torch
@@ -56,13 +56,23 @@ def _rms_norm_int8_kernel(
 
 @triton.jit
 def _sum_tile(x_ptr, res_ptr, cols, N, HAS_RES: tl.constexpr):
-    """h of one row's tile, in its dtype.  The second pass adds again: what other threads stored is not
-    yet theirs to read."""
+    """h of one row's tile, in its dtype.  Each pass adds again: what other threads stored is not yet
+    theirs to read."""
     h = tl.load(x_ptr + cols, mask=cols < N, other=0.0)
     if HAS_RES:
         res = tl.load(res_ptr + cols, mask=cols < N, other=0.0)
         h = (h.to(tl.float32) + res.to(tl.float32)).to(x_ptr.dtype.element_ty)
     return h
+
+
+@triton.jit
+def _normed_tile(
+    x_ptr, res_ptr, w_ptr, rstd, cols, N, offset, HAS_W: tl.constexpr, HAS_RES: tl.constexpr
+):
+    y = _sum_tile(x_ptr, res_ptr, cols, N, HAS_RES).to(tl.float32) * rstd
+    if HAS_W:
+        y *= tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + offset
+    return y
 
 
 @triton.jit
@@ -72,14 +82,13 @@ def _rms_norm_int8_loop_kernel(
     N, eps, offset,
     BLOCK_N: tl.constexpr, HAS_W: tl.constexpr, HAS_RES: tl.constexpr,
 ):  # fmt: skip
-    """One row, tile by tile."""
+    """One row, tile by tile: its squares, its largest, its codes."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_xm
     res_ptr += row * stride_resm
     codes_ptr += row * N
     h_ptr += row * N
     squares = tl.zeros((BLOCK_N,), tl.float32)
-    largest = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         h = _sum_tile(x_ptr, res_ptr, cols, N, HAS_RES)
@@ -87,19 +96,17 @@ def _rms_norm_int8_loop_kernel(
             tl.store(h_ptr + cols, h, mask=cols < N)
         h = h.to(tl.float32)
         squares += h * h
-        if HAS_W:
-            h *= tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + offset
-        largest = tl.maximum(largest, size_of(h))
     rstd = tl.rsqrt(tl.sum(squares, axis=0) / N + eps)
-    top = tl.max(largest, axis=0)
-    # an infinity makes rstd 0, and would be lost
-    scale, inverse = row_scale(tl.where(top < float("inf"), top * rstd, float("inf")))
+    largest = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        y = _normed_tile(x_ptr, res_ptr, w_ptr, rstd, cols, N, offset, HAS_W, HAS_RES)
+        largest = tl.maximum(largest, size_of(y))
+    scale, inverse = row_scale(tl.max(largest, axis=0))
     tl.store(scale_ptr + row, scale)
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        y = _sum_tile(x_ptr, res_ptr, cols, N, HAS_RES).to(tl.float32) * rstd
-        if HAS_W:
-            y *= tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + offset
+        y = _normed_tile(x_ptr, res_ptr, w_ptr, rstd, cols, N, offset, HAS_W, HAS_RES)
         tl.store(codes_ptr + cols, codes_of(y, inverse), mask=cols < N)
 
 

@@ -70,6 +70,8 @@ def test_generate_takes_every_option(capsys):
 
 def test_generate_says_the_activations_it_used(capsys):
     assert answer(capsys, "--activations", "int8")["activations"] == "int8"
+    by_token = answer(capsys, "--activations", "int8_token")  # no weight is of 8 bits by row
+    assert by_token["activations"] == "int8"
 
 
 def test_generate_ends_at_a_stop_string(capsys):

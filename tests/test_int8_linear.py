@@ -162,14 +162,26 @@ def test_strides(view, dtype, device):
     assert torch.equal(ops.int8_linear(x, QuantTensor(wide[:, :64], w.scales, bits=8)), wanted)
 
 
-def test_a_gradient_of_the_bias_beside_given_rows(device):
-    w, bias = make(24, 64, device=device), torch.randn(24, device=device, requires_grad=True)
-    rows = ops.int8_rows(torch.randn(5, 64, device=device))
-    y = ops.int8_linear(rows, w, bias)
+def test_a_gradient_of_the_bias_beside_given_rows(dtype, device):
+    w, bias = make(24, 64, device=device), torch.randn(24, device=device, dtype=dtype)
+    rows = ops.int8_rows(torch.randn(2, 3, 64, device=device, dtype=dtype))
+    y = ops.int8_linear(rows, w, bias.requires_grad_())
     (found,) = torch.autograd.grad(y, bias, torch.ones_like(y))
-    assert torch.equal(found, torch.full_like(bias, 5.0))
+    assert torch.equal(found, torch.full_like(bias, 6.0))
     with torch.no_grad():
-        torch.testing.assert_close(y, ops.int8_linear(rows, w, bias))
+        assert torch.equal(y, ops.int8_linear(rows, w, bias))
+
+
+def test_scales_far_from_one(device):
+    """What float32 holds of the result is not lost on the way."""
+    w, x = make(16, 64, device=device), torch.randn(3, 64, device=device)
+    for size, of_weight in ((1e34, 1e-4), (1e-35, 1e4), (1e20, 1e-30)):
+        scaled = QuantTensor(w.qweight, w.scales * of_weight, bits=8)
+        y, truth = (
+            ops.int8_linear(x * size, scaled),
+            reference.int8_linear((x * size).double(), scaled),
+        )
+        torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=0.0)
 
 
 def test_opcheck(dtype, device):

@@ -158,6 +158,19 @@ def test_fake_tensors():
         assert QuantEmbedding(weights.make(V, E))(ids).shape == (2, 3, E)
 
 
+@pytest.mark.parametrize(("bits", "taken"), [(4, "int8"), (8, "int8_token")])
+def test_a_tied_head_beside_layers_by_token(bits, taken):
+    """Of 4 bits it takes its input as they cannot."""
+    model = Model()
+    truth = model(IDS)
+    quantize_(model, QuantConfig("smoothquant", embeddings=bits), [IDS])
+    assert is_tied(model) and model.lm_head.activations == taken
+    layers = {m.activations for m in model.modules() if isinstance(m, QuantLinear)}
+    assert layers == {taken, "int8_token"}
+    found = model(IDS)
+    assert (found - truth).norm() < (0.2 if bits == 4 else 0.02) * truth.norm()
+
+
 def test_a_tied_head_moves_with_its_embedding():
     model = quantised().to("meta")
     assert is_tied(model) and model.lm_head.weight.qweight.is_meta

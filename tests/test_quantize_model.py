@@ -77,16 +77,55 @@ def test_activations_by_token_are_rounded_in_the_norm(model, tmp_path, monkeypat
     called = []
     fused = ops.rms_norm_int8
     monkeypatch.setattr(ops, "rms_norm_int8", lambda *a, **k: called.append(1) or fused(*a, **k))
+    y = found(ids(2))
+    assert len(called) == 2 * len(found.layers)
+    found.embedding.weight.requires_grad_()
     apart = found(ids(2))
-    assert not called
-    with torch.no_grad():
-        y = found(ids(2))
-    assert len(called) == 2 * len(found.layers) and lost(y, apart) < 1e-4
+    assert len(called) == 2 * len(found.layers) and lost(y, apart.detach()) < 1e-4
+    (grad,) = torch.autograd.grad(apart.sum(), found.embedding.weight)
+    assert grad.isfinite().all() and grad.any()
+    found.embedding.weight.requires_grad_(False)
     plain = Llama.from_pretrained(tmp_path / "out", activations="float")
-    assert plain.activations == "float" and lost(plain(ids(2)), apart) < 1e-3
+    assert plain.activations == "float" and lost(plain(ids(2)), y) < 1e-3
     quantize(model, tmp_path / "by group", CONFIGS["rtn"])
-    with pytest.raises(ValueError, match="int8_token takes a weight of 8 bits"):
-        Llama.from_pretrained(tmp_path / "by group", activations="int8_token")
+    by_group = Llama.from_pretrained(tmp_path / "by group", activations="int8_token")
+    blocks = Llama.from_pretrained(tmp_path / "by group", activations="int8")
+    assert by_group.activations == "int8" and torch.equal(by_group(ids(2)), blocks(ids(2)))
+
+
+def test_a_folder_of_layers_by_token_and_others(model, tmp_path):
+    """compressed-tensors' groups: each layer takes its input as its weight can."""
+    from tilewright.interop.transformers_quantizer import load_quantized
+
+    folders = {name: tmp_path / name for name in ("smoothquant", "rtn")}
+    for name, out in folders.items():
+        quantize(model, out, CONFIGS[name], calibration=ids())
+    config, mixed = (
+        json.loads((folders[n] / "config.json").read_text()) for n in ("rtn", "smoothquant")
+    )
+    settings = mixed["quantization_config"]
+    settings["format"] = "mixed-precision"
+    by_group = config["quantization_config"]["config_groups"]["group_0"]
+    settings["config_groups"]["group_1"] = by_group | {"targets": [r"re:.*layers\.1\..*"]}
+    (folders["smoothquant"] / "config.json").write_text(json.dumps(mixed))
+    index = folders["smoothquant"] / "model.safetensors.index.json"
+    told, other = (
+        json.loads(index.read_text()),
+        json.loads((folders["rtn"] / index.name).read_text()),
+    )
+    file = next(f for n, f in other["weight_map"].items() if ".layers.1." in n)
+    (folders["smoothquant"] / "other.safetensors").write_bytes((folders["rtn"] / file).read_bytes())
+    kept = {n: f for n, f in told["weight_map"].items() if ".layers.1." not in n}
+    moved = {n: "other.safetensors" for n in other["weight_map"] if ".layers.1." in n}
+    index.write_text(json.dumps(told | {"weight_map": kept | moved}))
+    found = Llama.from_pretrained(folders["smoothquant"])
+    taken = [layer.qkv.activations for layer in found.layers]
+    assert taken == ["int8_token", "int8", "int8_token"] and found.activations == "int8_token"
+    theirs = load_quantized(folders["smoothquant"])
+    layers = [layer.mlp.up_proj.activations for layer in theirs.model.layers]
+    assert layers == taken
+    with torch.no_grad():
+        assert lost(found(ids(2)), theirs(ids(2)).logits) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -94,6 +133,7 @@ def test_activations_by_token_are_rounded_in_the_norm(model, tmp_path, monkeypat
     [
         ({"num_bits": 8, "strategy": "channel", "symmetric": True}, ("token", True), "int8_token"),
         ({"num_bits": 8, "strategy": "channel", "symmetric": False}, ("token", True), "int8"),
+        ({"num_bits": 8, "strategy": "channel"}, ("token", True), "int8_token"),
         ({"num_bits": 4, "strategy": "group", "symmetric": True}, ("token", True), "int8"),
         ({"num_bits": 8, "strategy": "channel", "symmetric": True}, ("tensor", False), "int8"),
         ({"num_bits": 8, "strategy": "channel", "symmetric": True}, None, "float"),

@@ -61,6 +61,28 @@ def test_non_finite(N, value, device):
     assert not rows.codes[1:].any() and rows.scales[3] == 0
 
 
+@pytest.mark.parametrize("N", [40, 17000])
+@pytest.mark.parametrize(
+    ("size", "of_weight", "eps"),
+    [
+        (1e10, 1e25, 1e-6),  # whose products pass float32 before the norm
+        (1e-18, 1e-25, 0.0),
+        (3e38, 2.0, 1e-6),  # whose squares do
+        (0.0, 1.0, 0.0),
+        (1e-30, 1.0, 0.0),
+        (1.0, 1.0, -2.0),
+    ],
+)
+def test_far_from_one(N, size, of_weight, eps, device):
+    """As int8_rows of the norm: nan where that is, and its scale elsewhere."""
+    x = torch.linspace(-1, 1, 2 * N, device=device).view(2, N) * size
+    w = torch.full((N,), of_weight, device=device)
+    rows, _ = ops.rms_norm_int8(x, w, eps)
+    twin, _ = reference.rms_norm_int8(x, w, eps)
+    torch.testing.assert_close(rows.scales, twin.scales, rtol=1e-5, atol=0.0, equal_nan=True)
+    assert ((rows.codes - twin.codes).abs() <= 1).all()
+
+
 def test_strides(dtype, device):
     w = torch.randn(64, device=device)
     for x in (

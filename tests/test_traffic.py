@@ -122,10 +122,10 @@ def int8_flops(e: int, *, M: int, N: int, K: int) -> int:
 
 
 def norm_int8_loads(e: int, *, M: int, N: int) -> int:
-    """add_rms_norm's, and the weight once more where rows are read twice."""
+    """add_rms_norm's; or x and residual three times, the weight twice a row."""
     from tilewright.kernels.rms_norm import WHOLE_FWD
 
-    return norm_loads(2)(e, M=M, N=N) + (M * N * e if N > WHOLE_FWD else 0)
+    return 8 * M * N * e if N > WHOLE_FWD else norm_loads(2)(e, M=M, N=N)
 
 
 NORM = ({"M": 5, "N": 96}, {"M": 70, "N": 33}, {"M": 2, "N": 20000})

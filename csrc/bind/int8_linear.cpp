@@ -61,13 +61,17 @@ static Tensor int8_linear(const Tensor& codes, const Tensor& row_scales, const T
   if (K == 0) return bias_in ? y.copy_(bias.expand(sizes)) : y.zero_();
   const Tensor x = codes.contiguous(), x_scale = row_scales.contiguous(), w = qweight.contiguous();
   const Tensor w_scale = scales.to(at::kFloat).contiguous();
-  Tensor sums = at::empty({p.M}, codes.options().dtype(at::kInt));
   p.x = x.const_data_ptr<int8_t>(), p.x_scale = x_scale.const_data_ptr<float>();
   p.w = w.const_data_ptr<uint8_t>(), p.w_scale = w_scale.const_data_ptr<float>();
   p.y = y.mutable_data_ptr();
-  int32_t* s = sums.mutable_data_ptr<int32_t>();
-  TW_PICK(int8_sums)(p.x, K, s, 0, p.M);
-  p.x_sum = s;
+  Tensor sums;
+  if (TW_PICK(int8_wants_sums)()) {
+    sums = at::empty({p.M}, codes.options().dtype(at::kInt));
+    int32_t* s = sums.mutable_data_ptr<int32_t>();
+    const auto add = TW_PICK(int8_sums);
+    at::parallel_for(0, p.M, row_grain(K), [&](int64_t begin, int64_t end) { add(p.x, K, s, begin, end); });
+    p.x_sum = s;
+  }
   const auto run = TW_PICK(int8_linear);
   const int64_t threads = p.M * N * K < SERIAL ? 1 : at::get_num_threads();
   const int64_t grain = ((N + threads - 1) / threads + 3) / 4 * 4;

@@ -10,29 +10,14 @@ static void rows_of_int8(const Rows& x_rows, int64_t n, int8_t* codes, float* sc
                          int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T* x = row_of<T>(x_rows, i);
-    const auto at = [&](int64_t j, int count) { return count == W ? load(x + j) : load_n(x + j, count); };
-    Vec largest = set1(0.f), zero = set1(0.f);
-    for (int64_t j = 0; j < n; j += W) {
-      const Vec v = at(j, int(n - j < W ? n - j : W));
-      largest = max(largest, size_of(v));
-      zero = fma(v, set1(0.f), zero);
-    }
-    const RowScale s = row_scale(reduce_max(largest), reduce_add(zero));
-    scales[i] = s.scale;
-    store_row(codes + i * n, n, s, at);
+    scales[i] = store_row(codes + i * n, n, [&](int64_t j, int count) {
+      return count == W ? load(x + j) : load_n(x + j, count);
+    });
   }
 }
 
 void int8_rows(Rows x, DType dtype, int64_t n, int8_t* codes, float* scales, int64_t begin, int64_t end) {
   TW_FOR_DTYPE(dtype, T, rows_of_int8<T>(x, n, codes, scales, begin, end))
-}
-
-void int8_sums(const int8_t* x, int64_t n, int32_t* sums, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    int32_t sum = 0;
-    for (int64_t j = 0; j < n; ++j) sum += x[i * n + j];
-    sums[i] = sum;
-  }
 }
 
 namespace {
@@ -138,7 +123,7 @@ TW_INLINE void rows(const Int8Product& p, int64_t m, int64_t n, int64_t count,
     const uint32_t centre = CENTRED ? 0u : 128u * uint32_t(p.x_sum[m + r]);
     for (int64_t c = 0; c < count; ++c) {
       const float sum = float(int32_t(uint32_t(sums[r][c]) - centre));
-      float v = sum * p.x_scale[m + r] * p.w_scale[n + c];
+      float v = sum * p.w_scale[n + c] * p.x_scale[m + r];
       if (bias) v += to_float(bias[n + c]);
       y[n + c] = from_float<T>(v);
     }
@@ -162,6 +147,16 @@ template <class T> void product(const Int8Product& p, int64_t begin, int64_t end
 }
 
 }  // namespace
+
+bool int8_wants_sums() { return !CENTRED; }
+
+void int8_sums(const int8_t* x, int64_t n, int32_t* sums, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    int32_t sum = 0;
+    for (int64_t j = 0; j < n; ++j) sum += x[i * n + j];
+    sums[i] = sum;
+  }
+}
 
 void int8_linear(const Int8Product& p, int64_t begin, int64_t end) {
   TW_FOR_DTYPE(p.dtype, T, product<T>(p, begin, end))

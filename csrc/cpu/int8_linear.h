@@ -8,7 +8,7 @@ namespace tilewright::cpu {
 struct Int8Product {
   const int8_t* x;        // [M, K]
   const float* x_scale;   // [M]
-  const int32_t* x_sum;   // [M], of int8_sums
+  const int32_t* x_sum;   // [M] of int8_sums, or null
   const uint8_t* w;       // [N, K]
   const float* w_scale;   // [N]
   const void* bias;       // [N] of dtype, or null
@@ -21,7 +21,8 @@ struct Int8Product {
 TW_DECLARE(void, int8_rows, Rows x, DType dtype, int64_t n, int8_t* codes, float* scales,
            int64_t begin, int64_t end)
 
-// The sum of each row's codes, rows [begin, end) of x [M, n].
+// The sum of each row's codes, rows [begin, end) of x [M, n], for levels that want them.
+TW_DECLARE(bool, int8_wants_sums)
 TW_DECLARE(void, int8_sums, const int8_t* x, int64_t n, int32_t* sums, int64_t begin, int64_t end)
 
 // Output features [begin, end) of all rows.

@@ -12,13 +12,11 @@ struct RowScale {
 
 // Of the largest |x| of a row, and of a sum of its x * 0, which is not 0 where one is not finite.
 TW_INLINE RowScale row_scale(float largest, float zero) {
-  if (!(zero == 0.f)) return {__builtin_nanf(""), 0.f};
+  if (!(zero == 0.f && largest < __builtin_inff())) return {__builtin_nanf(""), 0.f};
   const float scale = largest / 127.f;
   if (!(scale >= 0x1p-126f)) return {0.f, 0.f};
   return {scale, 127.f / largest};
 }
-
-TW_INLINE Vec size_of(Vec x) { return max(x, set1(0.f) - x); }
 
 // W codes.
 TW_INLINE void store_codes(int8_t* p, Vec x, Vec inverse) {
@@ -34,12 +32,19 @@ TW_INLINE void store_codes(int8_t* p, Vec x, Vec inverse) {
 #endif
 }
 
-// Codes of a row x(j, count), count <= W numbers from j on, the other lanes 0.
+// Codes of a row x(j, count), count <= W numbers from j on, the other lanes 0; returns its scale.
 template <class Row>
-TW_INLINE void store_row(int8_t* codes, int64_t n, RowScale s, Row x) {
+TW_INLINE float store_row(int8_t* codes, int64_t n, Row x) {
+  Vec largest = set1(0.f), zero = set1(0.f);
+  for (int64_t j = 0; j < n; j += W) {
+    const Vec v = x(j, int(n - j < W ? n - j : W));
+    largest = max(largest, max(v, set1(0.f) - v));
+    zero = fma(v, set1(0.f), zero);
+  }
+  const RowScale s = row_scale(reduce_max(largest), reduce_add(zero));
   if (!(s.inverse > 0.f)) {
     __builtin_memset(codes, 0, size_t(n));
-    return;
+    return s.scale;
   }
   const Vec inverse = set1(s.inverse);
   int64_t j = 0;
@@ -49,6 +54,7 @@ TW_INLINE void store_row(int8_t* codes, int64_t n, RowScale s, Row x) {
     store_codes(last, x(j, int(n - j)), inverse);
     __builtin_memcpy(codes + j, last, size_t(n - j));
   }
+  return s.scale;
 }
 
 }  // namespace tilewright::cpu::TW_ISA

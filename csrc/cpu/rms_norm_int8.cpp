@@ -22,32 +22,20 @@ static void fwd(const Rows& x_rows, const Rows& residual_rows, const float* scal
       }
       h = to;
     }
-    // the largest |h scale|, as the row is summed: rstd is positive
-    Vec largest = set1(0.f), zero = set1(0.f);
-    const auto see = [&](Vec v, Vec s) {
-      const Vec scaled = v * s;
-      largest = max(largest, size_of(scaled));
-      zero = fma(scaled, set1(0.f), zero);
-    };
     const double squares = row_sum(
         n,
         [&](int64_t j, Vec sum) {
           const Vec v = load(h + j);
-          see(v, load(scale + j));
           return fma(v, v, sum);
         },
         [&](int64_t j, int rest, Vec sum) {
           const Vec v = load_n(h + j, rest);
-          see(v, load_n(scale + j, rest));
           return fma(v, v, sum);
         });
-    const float rstd = rstd_of(squares, n, eps);
-    const RowScale s = row_scale(reduce_max(largest) * rstd, reduce_add(zero));
-    scales[i] = s.scale;
-    const Vec r = set1(rstd);
-    store_row(codes + i * n, n, s, [&](int64_t j, int count) {
-      if (count == W) return load(h + j) * r * load(scale + j);
-      return load_n(h + j, count) * r * load_n(scale + j, count);
+    const Vec rstd = set1(rstd_of(squares, n, eps));
+    scales[i] = store_row(codes + i * n, n, [&](int64_t j, int count) {
+      if (count == W) return load(h + j) * rstd * load(scale + j);
+      return load_n(h + j, count) * rstd * load_n(scale + j, count);
     });
   }
 }

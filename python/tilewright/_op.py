@@ -132,6 +132,18 @@ def device_type(x: Tensor) -> str:
     return "cpu" if x.is_cpu else x.device.type
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What autocast, where it is on, asks products on that kind of device to be in."""
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in dtype, as autocast casts: not float64, nor what is no float."""
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
 def serves(op: str, x: Tensor) -> bool:
     """Whether a kernel serves `op` for a tensor of x's device and dtype."""
     served = x.dtype in _served.get((op, device_type(x)), ())

@@ -317,6 +317,11 @@ class QuantTensor:
         return w.view(*index.shape, self.in_features)
 
 
+def activations_for(w: QuantTensor, asked: str) -> str:
+    """Of ACTIVATIONS what a layer of this weight takes: "int8" where the weight has not "int8_token"'s form."""
+    return "int8" if asked == "int8_token" and not w.by_row else asked
+
+
 def check_order(name: str, order: Tensor | None) -> None:
     """Raises ValueError where a loaded order is no permutation, which would read a column twice."""
     if order is not None:

@@ -16,7 +16,7 @@ from tilewright.models._tokenizer import read_json
 from tilewright.quant import checkpoint
 from tilewright.quant._gguf_blocks import KINDS
 from tilewright.quant.gguf import GGUFFile
-from tilewright.quant_tensor import QuantTensor
+from tilewright.quant_tensor import QuantTensor, activations_for
 
 
 class Concat(torch.nn.ModuleList):
@@ -39,6 +39,10 @@ def _dense(weight: Tensor, bias: Tensor | None) -> torch.nn.Linear:
     return linear
 
 
+def _quant_linear(w: QuantTensor, bias: Tensor | None, activations: str) -> nn.QuantLinear:
+    return nn.QuantLinear(w, bias, activations=activations_for(w, activations))
+
+
 def _embedding(linear: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """The embedding of a linear layer's weight."""
     if isinstance(linear, nn.QuantLinear):
@@ -51,9 +55,8 @@ def _embedding(linear: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 def tied(embedding: torch.nn.Module, activations: str) -> torch.nn.Module:
     """The head over an embedding's own weight."""
     if isinstance(embedding, nn.QuantEmbedding):
-        if activations == "int8_token" and not embedding.weight.by_row:
-            activations = "int8"  # which takes its groups
-        return nn.QuantLinear(embedding, activations=activations)
+        taken = activations_for(embedding.weight, activations)
+        return nn.QuantLinear(embedding, activations=taken)
     assert isinstance(embedding, torch.nn.Embedding)
     return _dense(embedding.weight, None)
 
@@ -225,7 +228,7 @@ class Folder:
             stacked = QuantTensor.stacked(weights) if len(weights) > 1 else weights[0]
             if stacked is not None:
                 bias = self._biases(names, outs)
-                return nn.QuantLinear(stacked, bias, activations=self.activations).to(self.device)
+                return _quant_linear(stacked, bias, self.activations).to(self.device)
         return Concat(
             [self.linear([name], [n], in_features) for name, n in zip(names, outs, strict=True)]
         )
@@ -332,7 +335,7 @@ class GGUF:
         bias = self._bias(names, outs, rows)
         if all(is_quantised):
             weight = self.file.quantised(theirs, rows)
-            return nn.QuantLinear(weight, bias, activations=self.activations).to(self.device)
+            return _quant_linear(weight, bias, self.activations).to(self.device)
         stacked = torch.empty(sum(outs), in_features, dtype=self.dtype, device=self.device)
         first = 0
         for name, n, order in zip(theirs, outs, rows, strict=True):

@@ -218,6 +218,9 @@ class Llama(torch.nn.Module):
         self.norm = _norm(source, "model.norm", c.hidden_size, c.norm_eps)
         if progress is not None:
             progress(source.nbytes, source.nbytes)
+        taken = {m.activations for m in self.modules() if isinstance(m, nn.QuantLinear)}
+        if self.activations == "int8_token" and "int8_token" not in taken:
+            self.activations = "int8"
         self._tables: RopeTables | None = None
 
     @classmethod
@@ -235,7 +238,8 @@ class Llama(torch.nn.Module):
 
         dtype (float32 on a CPU, bfloat16 on a GPU where None) is that of activations and of weights
         that are not quantised.  max_context bounds the context below the model's own.
-        activations is nn.QuantLinear's: "int8" and "int8_token" round what enters a quantised layer; None is what a
+        activations is nn.QuantLinear's: "int8" and "int8_token" round what enters a quantised layer (the latter as
+        "int8" does where the weight is not of 8 bits by row); None is what a
         folder's configuration says, else "float".  progress is
         called with bytes done and bytes in all.  Raises FileNotFoundError where a file is missing,
         ValueError where one is corrupt, of an unknown architecture or type, or lacks a tensor.
@@ -389,8 +393,10 @@ def _normed(
     linear: torch.nn.Module, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Any, Tensor]:
     """rms_norm of x + residual as `linear` takes it, and the sum; as int8 at once where it takes that."""
-    if linear.__dict__.get("activations") == "int8_token" and not torch.is_grad_enabled():
-        return ops.rms_norm_int8(x, weight, eps, residual=residual)
+    if linear.__dict__.get("activations") == "int8_token":
+        given = (x, weight) if residual is None else (x, weight, residual)
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+            return ops.rms_norm_int8(x, weight, eps, residual=residual)
     if residual is None:
         return ops.rms_norm(x, weight, eps), x
     return ops.add_rms_norm(x, residual, weight, eps)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tilewright import _op
 from tilewright.quant_tensor import Int8Rows, QuantTensor
 
-# whose products of int8 and their sum int32 holds: (K - 1) * 2^14
+# columns from which a sum of products of int8, each up to 2^14, may pass int32
 _MOST = 1 << 17
 
 _rows = _op.register(
@@ -52,6 +52,20 @@ class _Int8Linear(torch.autograd.Function):
         return dx, None, None, dbias
 
 
+class _Int8LinearOfRows(torch.autograd.Function):
+    """For the bias alone."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, *args: Any) -> Tensor:
+        codes, row_scales, qweight, scales, dtype = args
+        return _linear(codes, row_scales, qweight, scales, bias, dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return dy.sum_to_size(dy.shape[-1]), None, None, None, None, None
+
+
 def int8_rows(x: Tensor) -> Int8Rows:
     """Activations rounded to int8, a scale a row.  x [..., K] -> codes [..., K], scales [...].
 
@@ -81,7 +95,7 @@ def no_gradient(op: str, instead: str, *inputs: Tensor | None) -> None:
 def int8_linear(x: Tensor | Int8Rows, w: QuantTensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer of int8 weights and int8 activations, W8A8: x [..., K], w [N, K], bias [N] -> [..., N].
 
-    y = (sum_k codes[k] q[n, k]) scale scales[n] + bias[n], the sum exact, with x's codes and scale as int8_rows
+    y = (sum_k codes[k] q[n, k]) scale scales[n] + bias[n], the sum exact below 2^17 columns, with x's codes and scale as int8_rows
     makes them (or rms_norm_int8 did) and q the weight's codes less 128.  w has 8 bits, a scale a row
     and no offsets.  x and bias are float32, bfloat16 or float16, alike, and so is y; of Int8Rows their
     dtype.  Gradients reach x, as though it had not been rounded, and bias, never w.  Under autocast x and
@@ -92,9 +106,10 @@ def int8_linear(x: Tensor | Int8Rows, w: QuantTensor, bias: Tensor | None = None
     if given.device != w.device:
         raise ValueError(f"int8_linear: x is on {given.device}, the weight on {w.device}")
     kind, dtype = _op.device_type(given), x.dtype
-    if torch.is_autocast_enabled(kind) and dtype.is_floating_point and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        bias = None if bias is None else bias.to(dtype)
+    wanted = _op.autocast_dtype(kind)
+    if wanted is not None and dtype.is_floating_point and dtype != torch.float64:
+        dtype = wanted
+        bias = None if bias is None else _op.autocast(bias, dtype)
         x = Int8Rows(x.codes, x.scales, dtype) if isinstance(x, Int8Rows) else x.to(dtype)
     check_weight("int8_linear", w)
     N, K = w.shape
@@ -118,8 +133,7 @@ def int8_linear(x: Tensor | Int8Rows, w: QuantTensor, bias: Tensor | None = None
     records = bias is not None and bias.requires_grad
     if isinstance(x, Int8Rows):
         if torch.is_grad_enabled() and records:
-            y = _linear(x.codes, x.scales, w.qweight, w.scales, None, dtype)
-            return y + bias
+            return _Int8LinearOfRows.apply(bias, x.codes, x.scales, w.qweight, w.scales, dtype)
         return _linear(x.codes, x.scales, w.qweight, w.scales, bias, dtype)
     if torch.is_grad_enabled() and (records or x.requires_grad):
         return _Int8Linear.apply(x, w.qweight, w.scales, bias)

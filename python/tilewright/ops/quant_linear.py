@@ -77,12 +77,10 @@ def quant_linear(
         y = _direct(x, bias, w.qweight, w.scales, w.zeros, w.minima, w.bits, activations)
         if y is not None:
             return y
-    kind = _op.device_type(x)
-    if torch.is_autocast_enabled(kind) and x.is_floating_point():
-        dtype = torch.get_autocast_dtype(kind)
-        if x.dtype != torch.float64:
-            x = x.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+    dtype = _op.autocast_dtype(_op.device_type(x))
+    if dtype is not None and x.is_floating_point() and x.dtype != torch.float64:
+        x = x.to(dtype)
+        bias = None if bias is None else _op.autocast(bias, dtype)
     N, K = w.shape
     if not x.dim() or x.shape[-1] != K:
         raise ValueError(f"quant_linear: x {list(x.shape)} does not fit a weight of shape {[N, K]}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tilewright import nn
 from tilewright.quant import quantisers
-from tilewright.quant_tensor import SCALE_DTYPES, QuantTensor
+from tilewright.quant_tensor import SCALE_DTYPES, QuantTensor, activations_for
 
 METHODS = ("rtn", "gptq", "awq", "hqq", "smoothquant")
 WITH_INPUTS = ("gptq", "awq", "smoothquant")
@@ -182,7 +182,7 @@ def put(
     shape = (layer.out_features, layer.in_features)
     if weight.shape != shape:
         raise ValueError(f"quantize: {name}: a weight {list(weight.shape)} is not {list(shape)}")
-    new = nn.QuantLinear(weight, activations=activations)
+    new = nn.QuantLinear(weight, activations=activations_for(weight, activations))
     new.bias = layer.bias
     _put(module, name, new)
     return new
@@ -230,7 +230,8 @@ def _replace_embeddings(
         first.setdefault(id(layer.weight), new)
     for linear in module.modules():
         if type(linear) is torch.nn.Linear and id(linear.weight) in first:
-            head = nn.QuantLinear(first[id(linear.weight)], activations=activations)
+            tied = first[id(linear.weight)]
+            head = nn.QuantLinear(tied, activations=activations_for(tied.weight, activations))
             head.bias = linear.bias
             made[linear] = head
     _put_everywhere(module, made)

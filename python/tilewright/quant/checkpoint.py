@@ -43,13 +43,15 @@ def names(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def activations(config: Mapping[str, Any]) -> str:
     """nn.QuantLinear's option, by what config says of the layers' inputs: "int8_token" where they are rounded to
-    eight bits by token and the weights by row (W8A8), "int8" where to eight bits otherwise, else "float"."""
+    eight bits by token and the weights by row (W8A8), "int8" where to eight bits otherwise, else "float"; one answer
+    for all groups, of which each layer takes what its weight does (activations_for)."""
     groups = config.get("config_groups")
     found = set()
     for group in groups.values() if isinstance(groups, dict) else ():
         inputs = group.get("input_activations") if isinstance(group, dict) else None
         if isinstance(inputs, dict) and (inputs.get("num_bits"), inputs.get("type")) == (8, "int"):
             by_token = (inputs.get("strategy"), inputs.get("dynamic")) == ("token", True)
+            by_token = by_token and inputs.get("symmetric", True) is True
             found.add("int8_token" if by_token and _is_by_row(group.get("weights")) else "int8")
     return found.pop() if len(found) == 1 else "int8" if found else "float"
 
@@ -57,7 +59,7 @@ def activations(config: Mapping[str, Any]) -> str:
 def _is_by_row(weights: Any) -> bool:
     if not isinstance(weights, dict):
         return False
-    told = tuple(weights.get(name) for name in ("num_bits", "strategy", "symmetric"))
+    told = weights.get("num_bits"), weights.get("strategy"), weights.get("symmetric", True)
     return told == (8, "channel", True)
 
 
