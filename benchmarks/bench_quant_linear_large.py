@@ -2,7 +2,8 @@
 int4 one, and beside reading the weights at all.
 
 Each call takes the next of several weights, together larger than any cache.  On a CPU `read` is torch's sum of
-them as int64, the same number of bytes as ours has codes and scales.
+them as int64, the same number of bytes as ours has codes and scales; and what the kernels of AVX2 take, on a CPU
+that has better ones.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilewright import QuantTensor, ops, reference
+from tilewright import QuantTensor, _native, ops, reference
 from tilewright.bench import harness
 from tilewright.bench.timing import interleaved, spread
 from tilewright.testing import assert_within
@@ -56,6 +57,20 @@ def _torch_int4(w: QuantTensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor
     return lambda x: aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)
 
 
+def _at(isa: str, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """call with the CPU kernels of that level."""
+
+    def at_level(x: Tensor) -> Tensor:
+        own = _native.cpu_isa()
+        _native.C.set_isa(isa)
+        try:
+            return call(x)
+        finally:
+            _native.C.set_isa(own)
+
+    return at_level
+
+
 def _in_turn(calls: list[Callable[[Tensor], Tensor]], x: Tensor) -> Callable[[], object]:
     turn = count()
     return lambda: calls[next(turn) % len(calls)](x)
@@ -96,6 +111,9 @@ def measure(quick: bool) -> list[dict[str, Any]]:
             }
             if theirs:
                 rivals["torch int4"] = theirs
+            if device == "cpu" and _native.cpu_isa() not in (None, "scalar", "avx2"):
+                for name in ("4 bits", "4 bits, int8 activations"):
+                    rivals[f"{name}, AVX2"] = [_at("avx2", call) for call in rivals[name]]
             calls = {name: _in_turn(each, x) for name, each in rivals.items()}
             found = {name: spread(t) for name, t in interleaved(calls, seconds=seconds).items()}
             for name in rivals:
@@ -111,6 +129,11 @@ def measure(quick: bool) -> list[dict[str, Any]]:
                         "over_dense": found["dense"].p50 / p50,
                         "over_torch_int4": found["torch int4"].p50 / p50 if theirs else None,
                         "of_reading": found["read"].p50 / p50 if name.startswith("4") else None,
+                        "of_own_level": (
+                            found[name.removesuffix(", AVX2")].p50 / p50
+                            if name.endswith("AVX2")
+                            else None
+                        ),
                     }
                 )
     return rows
