@@ -19,12 +19,16 @@ RUN = 4096  # columns of a row that a program decodes, at most
 
 @triton.jit
 def weight_tile(
-    q_ptr, s_ptr, o_ptr,
+    q_ptr, s_ptr, o_ptr, code_ptr, block_ptr, shift_ptr,
     n, mask_n, g, k, k_end,
     stride_qn, stride_sn,
-    BITS: tl.constexpr, OFFSET: tl.constexpr, BLOCK_K: tl.constexpr, FULL: tl.constexpr,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, NESTED: tl.constexpr,
+    BLOCK_K: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Rows n [R] of w at columns k .. k + BLOCK_K of group g -> [R, BLOCK_K] float32.
+
+    NESTED: scales are codes of code_ptr [256], times block_ptr's, one to 256 of them, plus shift_ptr's; all of
+    them lie together, stride_sn = G.
 
     g, k and k_end (the group's end) are [1] or [R], k even for 4 bits.  Rows masked off are 0;
     columns at or past k_end are unspecified, but finite where the scales are.  FULL: no tile passes
@@ -40,7 +44,12 @@ def weight_tile(
     if BITS == 4:
         packed = tl.interleave(packed & 15, packed >> 4)
     at = n * stride_sn + g
-    s = tl.load(s_ptr + at, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    if NESTED:
+        code = tl.load(code_ptr + tl.load(s_ptr + at, mask=mask_n, other=0).to(tl.int32))
+        s = code * tl.load(block_ptr + at // 256, mask=mask_n, other=0.0) + tl.load(shift_ptr)
+        s = tl.where(mask_n, s, 0.0)[:, None]
+    else:
+        s = tl.load(s_ptr + at, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     if OFFSET == 3:
         return s * tl.load(o_ptr + packed)  # 64 bytes, which stay in L1
     # 2^23 with the code as its low bits, less 2^23: exact, and dearer integer conversions avoided
@@ -76,8 +85,8 @@ def _dequantize_kernel(
     n = tl.program_id(0).to(tl.int64) + tl.zeros((TILES,), tl.int64)
     g, k, k_end = tile_columns(tile, tiles_per_group, group, BLOCK_K, FULL)
     w = weight_tile(
-        q_ptr, s_ptr, o_ptr, n, tile < tiles, g, k, k_end,
-        stride_qn, stride_sn, BITS, OFFSET, BLOCK_K, FULL,
+        q_ptr, s_ptr, o_ptr, s_ptr, s_ptr, s_ptr, n, tile < tiles, g, k, k_end,
+        stride_qn, stride_sn, BITS, OFFSET, False, BLOCK_K, FULL,
     )  # fmt: skip
     col = k[:, None] + tl.arange(0, BLOCK_K)[None, :]
     mask = (tile < tiles)[:, None]
@@ -97,6 +106,14 @@ def offset_of(
     if codebook is not None:
         return codebook.contiguous(), CODEBOOK
     return scales, SYMMETRIC
+
+
+def plain_scales(scales: Tensor, nested: list[Tensor]) -> Tensor:
+    """The scales [N, G] that codes of `nested` stand for, float32."""
+    code, blocks, shift = nested
+    found = code[scales.flatten().int()]
+    each = blocks.repeat_interleave(256)[: found.numel()]
+    return (found * each + shift).view(scales.shape)
 
 
 def _dequantize_block(group: int, tiles_of: int) -> dict[str, Any]:

@@ -7,6 +7,8 @@ With q the unsigned code and g = k // group,
     w[n, k] = scales[n, g] * codebook[q[n, k]]            a code book, of 4 bits
     w[n, k] = scales[n, g] * (q[n, k] - 2^(bits-1))       symmetric
 
+Nested scales are codes of their own, looked up as they are read.
+
 M rows (tokens), N output features, K input features, G = K / group groups in a row.  4-bit codes
 lie two a byte along K, the even k in the low nibble.  The codes become float32 weights in
 registers, as QuantTensor.dequantize makes them; sums are float32.  Up to GEMV_ROWS rows multiply in
@@ -48,6 +50,7 @@ from ._quant_weight import (
     by_columns,
     by_rows,
     offset_of,
+    plain_scales,
     tile_columns,
     weight_tile,
 )
@@ -59,10 +62,10 @@ DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.floa
 
 @triton.jit
 def _gemv_kernel(
-    x_ptr, q_ptr, s_ptr, o_ptr, bias_ptr, y_ptr,
+    x_ptr, q_ptr, s_ptr, o_ptr, code_ptr, block_ptr, shift_ptr, bias_ptr, y_ptr,
     stride_xm, stride_qn, stride_sn, stride_ym,
     M, N, group, tiles_per_group, tiles,
-    BITS: tl.constexpr, OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr, FULL: tl.constexpr,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, NESTED: tl.constexpr, HAS_BIAS: tl.constexpr, FULL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of all M <= BLOCK_M rows, walking SPLIT tiles of BLOCK_K columns at a time."""
@@ -76,8 +79,8 @@ def _gemv_kernel(
         tile = step * SPLIT + r % SPLIT
         g, k, k_end = tile_columns(tile, tiles_per_group, group, BLOCK_K, FULL)
         w = weight_tile(
-            q_ptr, s_ptr, o_ptr, n_r, (n_r < N) & (tile < tiles), g, k, k_end,
-            stride_qn, stride_sn, BITS, OFFSET, BLOCK_K, FULL,
+            q_ptr, s_ptr, o_ptr, code_ptr, block_ptr, shift_ptr, n_r, (n_r < N) & (tile < tiles), g, k, k_end,
+            stride_qn, stride_sn, BITS, OFFSET, NESTED, BLOCK_K, FULL,
         )  # fmt: skip
 
         tile_x = step * SPLIT + tl.arange(0, SPLIT)
@@ -101,10 +104,10 @@ def _gemv_kernel(
 
 @triton.jit
 def _gemm_kernel(
-    x_ptr, q_ptr, s_ptr, o_ptr, bias_ptr, y_ptr,
+    x_ptr, q_ptr, s_ptr, o_ptr, code_ptr, block_ptr, shift_ptr, bias_ptr, y_ptr,
     stride_xm, stride_qn, stride_sn, stride_ym,
     M, N, group, tiles_per_group, tiles,
-    BITS: tl.constexpr, OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr, FULL: tl.constexpr,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, NESTED: tl.constexpr, HAS_BIAS: tl.constexpr, FULL: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
@@ -128,8 +131,8 @@ def _gemm_kernel(
     for tile in range(first, last):
         g, k, k_end = tile_columns(tile, tiles_per_group, group, BLOCK_K, FULL)
         w = weight_tile(
-            q_ptr, s_ptr, o_ptr, n, n < N, one + g, one + k, one + k_end,
-            stride_qn, stride_sn, BITS, OFFSET, BLOCK_K, FULL,
+            q_ptr, s_ptr, o_ptr, code_ptr, block_ptr, shift_ptr, n, n < N, one + g, one + k, one + k_end,
+            stride_qn, stride_sn, BITS, OFFSET, NESTED, BLOCK_K, FULL,
         )  # fmt: skip
         mask = (m < M)[None, :]
         if not FULL:
@@ -162,10 +165,10 @@ def _add_shares_kernel(
 
 @triton.jit
 def _dgrad_kernel(
-    dy_ptr, q_ptr, s_ptr, o_ptr, dx_ptr,
+    dy_ptr, q_ptr, s_ptr, o_ptr, code_ptr, block_ptr, shift_ptr, dx_ptr,
     stride_dym, stride_qn, stride_sn, stride_dxm,
     M, N, group, tiles_per_group,
-    BITS: tl.constexpr, OFFSET: tl.constexpr, FULL: tl.constexpr,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, NESTED: tl.constexpr, FULL: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -180,8 +183,8 @@ def _dgrad_kernel(
     for start in range(0, N, BLOCK_N):
         mask_n = start + j < N
         w = weight_tile(
-            q_ptr, s_ptr, o_ptr, start + j.to(tl.int64), mask_n, one + g, one + k, one + k_end,
-            stride_qn, stride_sn, BITS, OFFSET, BLOCK_K, FULL,
+            q_ptr, s_ptr, o_ptr, code_ptr, block_ptr, shift_ptr, start + j.to(tl.int64), mask_n, one + g, one + k, one + k_end,
+            stride_qn, stride_sn, BITS, OFFSET, NESTED, BLOCK_K, FULL,
         )  # fmt: skip
         dy = tl.load(dy_rows + start, mask=(m < M)[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(dy.to(DOT_DTYPE), w.to(DOT_DTYPE), acc, input_precision=PRECISION)
@@ -272,10 +275,11 @@ def _is_dense(way: Tunable, x: Tensor, bits: int, group: int, M: int, N: int, K:
 
 def _linear(
     bits: int, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None,
-    minima: Tensor | None, codebook: Tensor | None, bias: Tensor | None, activations: str,
+    minima: Tensor | None, codebook: Tensor | None, nested: list[Tensor], bias: Tensor | None,
+    activations: str,
 ) -> Tensor:  # fmt: skip
-    """x [..., K], qweight [N, K * bits / 8], scales, zeros or minima [N, G], codebook [16],
-    bias [N] -> [..., N] of x's dtype.  activations is "float" or "int8"."""
+    """x [..., K], qweight [N, K * bits / 8], scales, zeros or minima [N, G], codebook [16], nested empty or
+    Nested's three, bias [N] -> [..., N] of x's dtype.  activations is "float" or "int8"."""
     K, (N, G) = x.shape[-1], scales.shape
     y = x.new_empty(*x.shape[:-1], N)
     M = x.numel() // K if K else y.numel() // max(N, 1)
@@ -288,6 +292,7 @@ def _linear(
     if activations == "int8" and K:
         x = _round_activations(x, group)
     if _is_dense(DENSE, x, bits, group, M, N, K):
+        scales = plain_scales(scales, nested) if nested else scales
         for rows, w in by_rows(bits, qweight, scales, offset, kind, group, x.dtype):
             out = y.view(M, N)[:, rows]
             if bias is None:
@@ -296,7 +301,7 @@ def _linear(
                 torch.addmm(bias[rows], x, w.t(), out=out)
             del w, out  # before the next is made
         return y
-    constants: dict[str, Any] = {"BITS": bits, "OFFSET": kind}
+    constants: dict[str, Any] = {"BITS": bits, "OFFSET": kind, "NESTED": bool(nested)}
     programs: tuple[int, ...]
     to = y
     if M <= GEMV_ROWS:
@@ -315,7 +320,7 @@ def _linear(
     constants["HAS_BIAS"] = bias is not None and to is y  # else who adds the shares adds it
     per_group = triton.cdiv(group, config["BLOCK_K"])
     kernel[programs](
-        x, qweight, scales, offset, scales if bias is None else bias, to,
+        x, qweight, scales, offset, *(nested or [scales] * 3), scales if bias is None else bias, to,
         x.stride(0), qweight.stride(0), scales.stride(0), N,
         M, N, group, per_group, G * per_group,
         **constants, **config, enable_fp_fusion=True,
@@ -330,7 +335,7 @@ def _linear(
 
 def _dgrad(
     bits: int, dy: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None,
-    minima: Tensor | None, codebook: Tensor | None,
+    minima: Tensor | None, codebook: Tensor | None, nested: list[Tensor],
 ) -> Tensor:  # fmt: skip
     """dy [..., N], the weight as _linear takes it -> dx [..., K] of dy's dtype."""
     N, G = scales.shape
@@ -343,6 +348,7 @@ def _dgrad(
     dy, qweight, scales = _rows(dy, M), qweight.contiguous(), scales.contiguous()
     offset, kind = offset_of(scales, zeros, minima, codebook)
     if _is_dense(DENSE_DGRAD, dy, bits, group, M, N, K):
+        scales = plain_scales(scales, nested) if nested else scales
         for columns, w in by_columns(bits, qweight, scales, offset, kind, group, dy.dtype):
             torch.mm(dy, w, out=dx.view(M, K)[:, columns])
             del w
@@ -350,10 +356,10 @@ def _dgrad(
     config = _config(DGRAD, dy, bits, group, M, N, K)
     per_group = triton.cdiv(group, config["BLOCK_K"])
     _dgrad_kernel[(triton.cdiv(M, config["BLOCK_M"]), G * per_group)](
-        dy, qweight, scales, offset, dx,
+        dy, qweight, scales, offset, *(nested or [scales] * 3), dx,
         dy.stride(0), qweight.stride(0), scales.stride(0), K,
         M, N, group, per_group,
-        BITS=bits, OFFSET=kind, **_dot(dy.dtype), **config, enable_fp_fusion=True,
+        BITS=bits, OFFSET=kind, NESTED=bool(nested), **_dot(dy.dtype), **config, enable_fp_fusion=True,
     )  # fmt: skip
     return dx
 
@@ -366,24 +372,29 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
     """(kernel, signature, constexprs, options) of what the launchers use, to compile offline."""
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    weight = {"q_ptr": "*u8", "s_ptr": "*fp16", "o_ptr": "*fp16"}
+    tables = ("code_ptr", "block_ptr", "shift_ptr")
     sizes = dict.fromkeys(("stride_qn", "stride_sn", "M", "N", "group", "tiles_per_group"), "i32")
     found: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]] = []
-    for M, dtype, bits, kind, group in (
+    for M, dtype, bits, kind, group, *rest in (
         (1, bf16, 4, ZEROS, 128),
         (8, bf16, 4, SYMMETRIC, 32),
         (8, fp32, 8, MINIMA, 100),  # masked tiles
         (1, bf16, 4, CODEBOOK, 64),
+        (1, bf16, 4, CODEBOOK, 64, True),
         (16, bf16, 4, ZEROS, 128),
         (64, fp16, 8, SYMMETRIC, 4096),
         (512, bf16, 4, ZEROS, 128),
         (512, bf16, 4, MINIMA, 32),
         (512, bf16, 4, CODEBOOK, 64),
+        (512, bf16, 4, CODEBOOK, 64, True),
         (512, fp32, 4, SYMMETRIC, 32),
     ):
         t = f"*{names[dtype]}"
-        fixed: dict[str, Any] = {"BITS": bits, "OFFSET": kind}
+        nested = bool(rest)
+        fixed: dict[str, Any] = {"BITS": bits, "OFFSET": kind, "NESTED": nested}
+        weight = {"q_ptr": "*u8", "s_ptr": "*u8" if nested else "*fp16"}
         weight |= {"o_ptr": "*fp32" if kind == CODEBOOK else "*fp16"}
+        weight |= dict.fromkeys(tables, "*fp32" if nested else weight["s_ptr"])
         forward = {"x_ptr": t, **weight, "bias_ptr": t, "y_ptr": t, **sizes}
         forward |= {"stride_xm": "i32", "stride_ym": "i32", "tiles": "i32"}
         sizes_of = dtype, bits, group, M, 4096, 4096

@@ -223,6 +223,13 @@ TRITON = [
     *of(
         "_quant_weight",
         "quant_linear_rows",
+        ("tl.load(block_ptr + at // 256, mask=mask_n, other=0.0)", "tl.load(block_ptr)"),
+        (" + tl.load(shift_ptr)\n", "\n"),
+        ("    each = blocks.repeat_interleave(256)[: found.numel()]\n", "    each = blocks[0]\n"),
+    ),
+    *of(
+        "_quant_weight",
+        "quant_linear_rows",
         ("        theirs = offset if kind == CODEBOOK else offset[rows]\n", "        theirs = offset\n"),
         ('    per_group = triton.cdiv(group, block["BLOCK_K"])\n', '    per_group = max(1, group // block["BLOCK_K"])\n'),
         ("            of_group = group if whole else columns.stop - columns.start\n", "            of_group = group\n"),

@@ -163,6 +163,12 @@ CHANGES: list[tuple] = [
         ("  return codebook ? _mm512_loadu_ps(codebook)\n                  : ", "  return "),
     ),
     (
+        "quant_nested.cpp",
+        "quant_linear_forms",
+        ("const float block = blocks[b];", "const float block = blocks[begin];"),
+        ("scale + offset", "scale"),
+    ),
+    (
         "quant_panel.h",
         "quant_linear",
         ("bias ? load(out + c) + load(bias + c) : load(out + c)", "load(out + c)"),

@@ -202,7 +202,7 @@ def test_strided_inputs(view, device):
 def test_opcheck(bits, device):
     w = make(16, 64, bits=bits, kind="zeros", device=device)
     op = getattr(torch.ops.tilewright, f"linear_int{bits}").default
-    args = (w.qweight, w.scales, w.zeros, None, None)
+    args = (w.qweight, w.scales, w.zeros, None, None, [])
     for x in (torch.randn(3, 64, device=device), torch.randn(64, 12, device=device).t()):
         torch.library.opcheck(op, (x, *args, None, "float"))
         torch.library.opcheck(op, (x, *args, torch.randn(16, device=device), "int8"))

@@ -150,10 +150,13 @@ def test_a_wide_code_book_runs_on_the_reference(device):
 
 def test_opcheck_of_a_code_book(device):
     w, _ = code_book(device, False)
-    args = (w.qweight, w.scales, None, None, w.codebook)
+    nested, _ = code_book(device, True)
     x, dy = torch.randn(3, 64, device=device), torch.randn(3, 70, device=device)
-    torch.library.opcheck(torch.ops.tilewright.linear_int4.default, (x, *args, None, "float"))
-    torch.library.opcheck(torch.ops.tilewright.linear_int4_dgrad.default, (dy, *args))
+    for one in (w, nested):
+        more = [] if one.nested is None else [*one.nested]
+        args = (one.qweight, one.scales, None, None, one.codebook, more)
+        torch.library.opcheck(torch.ops.tilewright.linear_int4.default, (x, *args, None, "float"))
+        torch.library.opcheck(torch.ops.tilewright.linear_int4_dgrad.default, (dy, *args))
 
 
 @pytest.mark.parametrize("M", [1, 8, 20])

@@ -178,3 +178,28 @@ def test_no_weight():
     with tiles().DENSE.forced({"DENSE": 1}), tiles().DENSE_DGRAD.forced({"DENSE": 1}):
         assert launch(torch.empty(0, 64, device=DEVICE), w).shape == (0, 6)
         assert launch_dgrad(torch.empty(0, 6, device=DEVICE), w).shape == (0, 64)
+
+
+# one row and several without tensor cores; a tile and several with them, K shared out; G such that blocks of
+# 256 scales end within rows
+@pytest.mark.parametrize(
+    "shape", [(1, 70, 448, 7), (5, 70, 448, 7), (12, 70, 1024, 16), (70, 90, 320, 5)]
+)
+@pytest.mark.parametrize("dense", [0, 1])
+def test_nested_scales(shape, dense, dtype):
+    """Looked up as they are read, a byte each; before, where the weight is written out."""
+    M, N, K, G = shape
+    w = weight(N, K, G, 4, "nested")
+    x, dy = (torch.randn(M, n, device=DEVICE).to(dtype) for n in (K, N))
+    with tiles().DENSE.forced({"DENSE": dense}), tiles().DENSE_DGRAD.forced({"DENSE": dense}):
+        assert_forward(x, w, torch.randn(N, device=DEVICE).to(dtype), dtype)
+        dx = launch_dgrad(dy, w)
+        if launches.INTERPRET and not dense:
+            with launches.interpreter.recording() as made:
+                launch(x, w)
+            read = sum(one.distinct_bytes_loaded for one in made if "shares" not in one.kernel)
+            told = w.nested.code.nbytes + w.nested.scales.nbytes + 4 + w.codebook.nbytes
+            assert read <= w.qweight.nbytes + w.scales.nbytes + x.nbytes + told
+    truth = dy.double() @ w.dequantize(torch.float64)
+    eager = (dy @ w.dequantize(dtype)).double()
+    assert_within(dx.double(), eager, truth, torch.finfo(dtype).eps, "nested")

@@ -18,8 +18,31 @@ struct Held {  // the weight, and the contiguous tensors its pointers look into
   Tensor codes, scales, zeros, minima, codebook;
 };
 
+// The scales that codes [N, G] stand for, by nested's code [256], its scales, one to 256 codes, and its offset.
+Tensor plain_scales(const char* op, const Tensor& codes_in, at::TensorList nested) {
+  const int64_t count = codes_in.numel(), blocks = (count + cpu::NESTED_BLOCK - 1) / cpu::NESTED_BLOCK;
+  TORCH_CHECK_VALUE(nested.size() == 3 && codes_in.scalar_type() == at::kByte, op,
+                    ": nested scales are uint8 beside a code, scales and an offset, not ",
+                    codes_in.scalar_type(), " beside ", nested.size(), " tensors");
+  const int64_t wanted[] = {256, blocks, 1};
+  for (int i = 0; i < 3; ++i)
+    TORCH_CHECK_VALUE(nested[i].scalar_type() == at::kFloat && nested[i].numel() == wanted[i], op,
+                      ": nested must be float32 of 256, ", blocks, " and 1, not ",
+                      nested[i].scalar_type(), " ", nested[i].sizes());
+  const Tensor codes = codes_in.contiguous(), code = nested[0].contiguous(), block = nested[1].contiguous();
+  Tensor scales = at::empty(codes.sizes(), codes.options().dtype(at::kFloat));
+  const uint8_t* from = codes.const_data_ptr<uint8_t>();
+  const float *c = code.const_data_ptr<float>(), *b = block.const_data_ptr<float>();
+  const float offset = *nested[2].const_data_ptr<float>();
+  float* to = scales.mutable_data_ptr<float>();
+  const auto run = TW_PICK(quant_plain_scales);
+  at::parallel_for(0, blocks, 64, [&](int64_t begin, int64_t end) { run(from, count, c, b, offset, to, begin, end); });
+  return scales;
+}
+
 Held hold(const char* op, int bits, const Tensor& qweight, const Tensor& scales,
-          const OptTensor& zeros, const OptTensor& minima, const OptTensor& codebook) {
+          const OptTensor& zeros, const OptTensor& minima, const OptTensor& codebook,
+          at::TensorList nested) {
   TORCH_CHECK_VALUE(qweight.dim() == 2 && qweight.scalar_type() == at::kByte, op,
                     ": qweight must be 2-D uint8, not ", qweight.scalar_type(), " ",
                     qweight.sizes());
@@ -32,7 +55,7 @@ Held hold(const char* op, int bits, const Tensor& qweight, const Tensor& scales,
                     op, ": codebook must be float32 [16], of 4 bits");
   Held w;
   w.codes = qweight.contiguous();
-  w.scales = scales.contiguous();
+  w.scales = nested.empty() ? scales.contiguous() : plain_scales(op, scales, nested);
   const int64_t N = qweight.size(0), K = qweight.size(1) * (8 / bits), G = scales.size(1);
   TORCH_CHECK_VALUE(G > 0 && K % G == 0, op, ": ", K, " columns do not divide into ", G, " groups");
   TORCH_CHECK_VALUE(bits == 8 || G == 1 || K / G % 2 == 0, op, ": groups of ", K / G,
@@ -40,9 +63,9 @@ Held hold(const char* op, int bits, const Tensor& qweight, const Tensor& scales,
   for (const auto* extra : {&zeros, &minima}) {
     if (!*extra) continue;
     TORCH_CHECK_VALUE((*extra)->sizes() == scales.sizes() &&
-                          (*extra)->scalar_type() == scales.scalar_type(),
+                          (*extra)->scalar_type() == w.scales.scalar_type(),
                       op, ": zeros or minima ", (*extra)->sizes(), " ", (*extra)->scalar_type(),
-                      " differ from scales ", scales.sizes(), " ", scales.scalar_type());
+                      " differ from scales ", scales.sizes(), " ", w.scales.scalar_type());
   }
   if (zeros) w.zeros = zeros->contiguous();
   if (minima) w.minima = minima->contiguous();
@@ -52,7 +75,7 @@ Held hold(const char* op, int bits, const Tensor& qweight, const Tensor& scales,
             zeros ? w.zeros.const_data_ptr() : nullptr,
             minima ? w.minima.const_data_ptr() : nullptr,
             codebook ? w.codebook.const_data_ptr<float>() : nullptr,
-            dtype_of(scales, op, "scales"),
+            dtype_of(w.scales, op, "scales"),
             bits,
             N,
             K,
@@ -104,8 +127,9 @@ bool prepared_bf16(const void* x, int64_t M, int64_t n, int64_t group, float* su
 
 Tensor linear(const char* op, int bits, const Tensor& x_in, const Tensor& qweight,
               const Tensor& scales, const OptTensor& zeros, const OptTensor& minima,
-              const OptTensor& codebook, const OptTensor& bias_in, c10::string_view activations) {
-  const Held held = hold(op, bits, qweight, scales, zeros, minima, codebook);
+              const OptTensor& codebook, at::TensorList nested, const OptTensor& bias_in,
+              c10::string_view activations) {
+  const Held held = hold(op, bits, qweight, scales, zeros, minima, codebook, nested);
   const cpu::QuantWeight& w = held.view;
   TORCH_CHECK_VALUE(x_in.dim() >= 1 && x_in.size(-1) == w.K, op, ": x ", x_in.sizes(),
                     " does not fit a weight of ", w.K, " columns");
@@ -227,8 +251,8 @@ Tensor linear(const char* op, int bits, const Tensor& x_in, const Tensor& qweigh
 
 Tensor dgrad(const char* op, int bits, const Tensor& dy_in, const Tensor& qweight,
              const Tensor& scales, const OptTensor& zeros, const OptTensor& minima,
-             const OptTensor& codebook) {
-  const Held held = hold(op, bits, qweight, scales, zeros, minima, codebook);
+             const OptTensor& codebook, at::TensorList nested) {
+  const Held held = hold(op, bits, qweight, scales, zeros, minima, codebook, nested);
   const cpu::QuantWeight& w = held.view;
   TORCH_CHECK_VALUE(dy_in.dim() >= 1 && dy_in.size(-1) == w.N, op, ": dy ", dy_in.sizes(),
                     " does not fit a weight of ", w.N, " rows");
@@ -260,22 +284,22 @@ Tensor dgrad(const char* op, int bits, const Tensor& dy_in, const Tensor& qweigh
 }
 
 Tensor linear_int4(const Tensor& x, const Tensor& q, const Tensor& s, const OptTensor& z,
-                   const OptTensor& m, const OptTensor& c, const OptTensor& b,
+                   const OptTensor& m, const OptTensor& c, at::TensorList nested, const OptTensor& b,
                    c10::string_view activations) {
-  return linear("linear_int4", 4, x, q, s, z, m, c, b, activations);
+  return linear("linear_int4", 4, x, q, s, z, m, c, nested, b, activations);
 }
 Tensor linear_int8(const Tensor& x, const Tensor& q, const Tensor& s, const OptTensor& z,
-                   const OptTensor& m, const OptTensor& c, const OptTensor& b,
+                   const OptTensor& m, const OptTensor& c, at::TensorList nested, const OptTensor& b,
                    c10::string_view activations) {
-  return linear("linear_int8", 8, x, q, s, z, m, c, b, activations);
+  return linear("linear_int8", 8, x, q, s, z, m, c, nested, b, activations);
 }
 Tensor linear_int4_dgrad(const Tensor& dy, const Tensor& q, const Tensor& s, const OptTensor& z,
-                         const OptTensor& m, const OptTensor& c) {
-  return dgrad("linear_int4_dgrad", 4, dy, q, s, z, m, c);
+                         const OptTensor& m, const OptTensor& c, at::TensorList nested) {
+  return dgrad("linear_int4_dgrad", 4, dy, q, s, z, m, c, nested);
 }
 Tensor linear_int8_dgrad(const Tensor& dy, const Tensor& q, const Tensor& s, const OptTensor& z,
-                         const OptTensor& m, const OptTensor& c) {
-  return dgrad("linear_int8_dgrad", 8, dy, q, s, z, m, c);
+                         const OptTensor& m, const OptTensor& c, at::TensorList nested) {
+  return dgrad("linear_int8_dgrad", 8, dy, q, s, z, m, c, nested);
 }
 
 using Linear = decltype(linear_int4);
@@ -300,7 +324,7 @@ struct QuantLinear : torch::autograd::Function<QuantLinear> {
         {qweight, scales, zeros.value_or(Tensor()), minima.value_or(Tensor())});
     ctx->saved_data["bits"] = bits;
     at::AutoDispatchBelowADInplaceOrView below;
-    return linear_operator(bits).call(x, qweight, scales, zeros, minima, std::nullopt, bias, activations);
+    return linear_operator(bits).call(x, qweight, scales, zeros, minima, std::nullopt, {}, bias, activations);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
     return once_differentiable(dys, [&]() -> variable_list {
@@ -310,7 +334,7 @@ struct QuantLinear : torch::autograd::Function<QuantLinear> {
       if (ctx->needs_input_grad(0))
         grads[0] = dgrad_operator(ctx->saved_data["bits"].toInt())
                        .call(dy, saved[0], saved[1], defined_or_none(saved[2]),
-                             defined_or_none(saved[3]), std::nullopt);
+                             defined_or_none(saved[3]), std::nullopt, {});
       if (ctx->needs_input_grad(1)) grads[1] = dy.reshape({-1, dy.size(-1)}).sum(0);
       return grads;
     });
@@ -341,7 +365,7 @@ std::optional<Tensor> direct(pybind11::handle x_object, pybind11::handle bias_ob
   if (records(*x, b))
     return QuantLinear::apply(*x, b, *qweight, *scales, z, m, bits, activations);
   at::AutoDispatchBelowADInplaceOrView below;
-  return linear_operator(bits).call(*x, *qweight, *scales, z, m, std::nullopt, b, activations);
+  return linear_operator(bits).call(*x, *qweight, *scales, z, m, std::nullopt, {}, b, activations);
 }
 
 const Entry entry([](pybind11::module_& m) { m.def("quant_linear", &direct); });

@@ -32,6 +32,12 @@ struct QuantActivations {
   const void* half;      // in bfloat16: x [M, K], with GEMV's sums, or dy [M, N]
 };
 
+constexpr int64_t NESTED_BLOCK = 256;  // scales that share one
+
+// scales[j] = code[codes[j]] * blocks[j / NESTED_BLOCK] + offset of blocks [begin, end), j < count.
+TW_DECLARE(void, quant_plain_scales, const uint8_t* codes, int64_t count, const float* code,
+           const float* blocks, float offset, float* scales, int64_t begin, int64_t end)
+
 constexpr int GEMV_ROWS = 8;           // up to here weights are unpacked in registers, once
 constexpr int HALF_ROWS = 16;          // of dy: up to here the weight streams, and float32 is as quick
 constexpr int64_t GEMV_GROUPS = 2048;  // scales of a row held on the stack

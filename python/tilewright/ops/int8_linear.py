@@ -46,7 +46,7 @@ class _Int8Linear(torch.autograd.Function):
         dx = dbias = None
         if ctx.needs_input_grad[0]:  # straight through the rounding of x
             dgrad = torch.ops.tilewright.linear_int8_dgrad.default
-            dx = dgrad(dy, *ctx.saved_tensors, None, None, None)
+            dx = dgrad(dy, *ctx.saved_tensors, None, None, None, [])
         if ctx.needs_input_grad[3]:
             dbias = dy.sum_to_size(dy.shape[-1])
         return dx, None, None, dbias

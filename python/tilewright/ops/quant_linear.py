@@ -12,7 +12,8 @@ from tilewright import _op
 from tilewright.quant_tensor import QuantTensor
 
 _ACTIVATIONS = ("float", "int8")
-_ARGS = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? minima, Tensor? codebook"
+# nested: none, or code [256], scales [ceil(N G / 256)] and offset [] of scales that are uint8
+_ARGS = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? minima, Tensor? codebook, Tensor[] nested"
 
 
 def _fake(x: Tensor, qweight: Tensor, *_: Any) -> Tensor:
@@ -44,20 +45,22 @@ _direct = _op.direct("quant_linear")
 
 class _QuantLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, qweight, scales, zeros, minima, codebook, bias, bits, activations):
-        ctx.save_for_backward(qweight, scales, zeros, minima, codebook)
+    def forward(ctx, x, bias, bits, activations, qweight, scales, zeros, minima, codebook, *nested):
+        ctx.save_for_backward(qweight, scales, zeros, minima, codebook, *nested)
         ctx.bits = bits
-        return _linear[bits](x, qweight, scales, zeros, minima, codebook, bias, activations)
+        weight = qweight, scales, zeros, minima, codebook, nested
+        return _linear[bits](x, *weight, bias, activations)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         dx = dbias = None
+        saved = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
-            dx = _dgrad[ctx.bits](dy, *ctx.saved_tensors)
-        if ctx.needs_input_grad[6]:
-            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-        return dx, None, None, None, None, None, dbias, None, None
+            dx = _dgrad[ctx.bits](dy, *saved[:5], saved[5:])
+        if ctx.needs_input_grad[1]:
+            dbias = dy.sum_to_size(dy.shape[-1])
+        return dx, dbias, *[None] * (2 + len(saved))
 
 
 def quant_linear(
@@ -104,9 +107,10 @@ def quant_linear(
         return _op.twin("quant_linear")(x, w, bias, activations=activations)
     if w.order is not None:
         x = x.index_select(-1, w.order)
-    scales = w.plain_scales()
+    scales, nested = w.scales, [] if w.nested is None else [*w.nested]
+    if nested and (w.zeros is not None or w.minima is not None):  # uint8 as the scales are
+        scales, nested = w.plain_scales(), []
+    weight = w.qweight, scales, w.zeros, w.minima, w.codebook
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _QuantLinear.apply(
-            x, w.qweight, scales, w.zeros, w.minima, w.codebook, bias, w.bits, activations
-        )
-    return _linear[w.bits](x, w.qweight, scales, w.zeros, w.minima, w.codebook, bias, activations)
+        return _QuantLinear.apply(x, bias, w.bits, activations, *weight, *nested)
+    return _linear[w.bits](x, *weight, nested, bias, activations)
