@@ -13,10 +13,13 @@ void quant_plain_scales(const uint8_t* codes, int64_t count, const float* code, 
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = b * NESTED_BLOCK, stop = first + NESTED_BLOCK < count ? first + NESTED_BLOCK : count;
     const float block = blocks[b];
-    for (int64_t j = first; j < stop; ++j) {
-      const float scale = code[codes[j]] * block;
-      scales[j] = scale + offset;
+    float found[NESTED_BLOCK] = {};  // looked up apart, so that the rest is done in vectors
+    for (int64_t j = first; j < stop; ++j) found[j - first] = code[codes[j]];
+    for (int64_t j = 0; j < NESTED_BLOCK; ++j) {
+      const float scale = found[j] * block;
+      found[j] = scale + offset;
     }
+    for (int64_t j = first; j < stop; ++j) scales[j] = found[j - first];
   }
 }
 
