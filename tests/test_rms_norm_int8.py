@@ -79,7 +79,9 @@ def test_far_from_one(N, size, of_weight, eps, device):
     w = torch.full((N,), of_weight, device=device)
     rows, _ = ops.rms_norm_int8(x, w, eps)
     twin, _ = reference.rms_norm_int8(x, w, eps)
-    torch.testing.assert_close(rows.scales, twin.scales, rtol=1e-5, atol=0.0, equal_nan=True)
+    torch.testing.assert_close(
+        rows.scales, twin.scales, rtol=8 * torch.finfo(torch.float32).eps, atol=0.0, equal_nan=True
+    )
     assert ((rows.codes - twin.codes).abs() <= 1).all()
 
 

@@ -1,6 +1,5 @@
 // Scales that are codes themselves, worked out before the product.
 #include "quant_linear.h"
-#include "simd.h"
 
 namespace tilewright::cpu::TW_ISA {
 

@@ -136,14 +136,10 @@ def of_one_width(
 
 def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of the dtype that F.scaled_dot_product_attention would give them."""
-    device = q.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    low = _op.autocast_dtype(_op.device_type(q))
+    if low is None:
         return q, k, v
-    low = torch.get_autocast_dtype(device)
-    q, k, v = (
-        t.to(low) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v)
-    )
-    return q, k, v
+    return _op.autocast(q, low), _op.autocast(k, low), _op.autocast(v, low)
 
 
 def check_dropout(op: str, dropout_p: float) -> None:

@@ -118,12 +118,10 @@ def _check(
 def _under_autocast(x: Tensor, cache: Tensor) -> Tensor:
     """A query, or new key or value, of the dtype that a cache gives it: its own, or autocast's where that
     is one byte.  A cache is not cast: it would be copied."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    low = _op.autocast_dtype(_op.device_type(x))
+    if low is None:
         return x
-    if x.dtype == torch.float64 or not x.is_floating_point():
-        return x
-    return x.to(torch.get_autocast_dtype(device) if cache.dtype in ONE_BYTE else cache.dtype)
+    return _op.autocast(x, low if cache.dtype in ONE_BYTE else cache.dtype)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager:
