@@ -10,11 +10,17 @@ import triton
 
 from ._tune import Config, Tunable, grid
 
-GEMV_ROWS = 8  # rows up to which the product is formed without tensor cores
 PROGRAMS = 512  # that a large GPU has room for, several to a multiprocessor
 SHARED_ROWS = 256  # from which their tiles are enough
 MOST_ROWS = 4096  # rows, and
 MOST_FEATURES = 32768  # features, from which more make no difference
+
+
+def is_gemv(dtype: torch.dtype, M: int) -> bool:
+    """Whether M rows of x are multiplied without tensor cores: as many as take fewer instructions so, counted
+    in sm_90's code; of float32 tensor cores take three times as many."""
+    most = 8 if dtype == torch.float32 else 2
+    return most >= M
 
 
 def columns_of(group: int, widest: int) -> int:
@@ -40,12 +46,12 @@ def _tiles(M: int, dtype: torch.dtype) -> Config:
 
 
 def _gemv_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
-    """For M <= GEMV_ROWS."""
+    """Where is_gemv."""
     block_k = columns_of(group, 128)
-    # one row keeps 32 bytes of weight in flight a thread; more rows hold more x, and masked tiles
-    # more addresses, so they take fewer columns lest registers spill
+    # one row keeps 32 bytes of weight in flight a thread, or 64 where that leaves programs enough; more rows
+    # hold more x, and masked tiles more addresses, so they take fewer columns lest registers spill
     columns = 1024 if M == 1 else 512 if M == 2 else 256
-    block_n = 8
+    block_n = 16 if M == 1 and N >= 16 * PROGRAMS else 8
     if group % block_k:
         columns, block_n = 128, 4
     block = {"BLOCK_N": block_n, "SPLIT": max(1, columns // block_k), "BLOCK_K": block_k}
@@ -55,6 +61,8 @@ def _gemv_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K
 def _gemm_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
     config = _tiles(M, dtype)
     config |= {"BLOCK_K": columns_of(group, config["BLOCK_K"])}
+    if M <= 128 and dtype != torch.float32 and config["BLOCK_K"] * bits < 256:
+        config["BLOCK_N"] = 128  # lest a thread loads fewer than 16 bytes
     programs = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
     shares = 1
     while M <= SHARED_ROWS and shares < 8 and 2 * shares * programs <= PROGRAMS:

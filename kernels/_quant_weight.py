@@ -18,21 +18,34 @@ RUN = 4096  # columns of a row that a program decodes, at most
 
 
 @triton.jit
-def weight_tile(
+def _codes(packed, opaque, LOW: tl.constexpr, BITS: tl.constexpr, LESS: tl.constexpr):
+    """The code whose lowest bit is bit LOW of each of packed, less LESS: float32, exact.
+
+    It becomes low bits of a float whose unit there is 1, and the rest of that float is taken away: a logical
+    and a floating-point instruction, where a conversion of integers runs at a quarter of the rate.  opaque is 0,
+    though the compiler does not know it: one instruction does not take two constants.
+    """
+    REST: tl.constexpr = 1 << (23 - LOW)
+    bits = (packed & (((1 << BITS) - 1) << LOW)) | (opaque + ((150 - LOW) << 23))  # 150 - 127 = 23
+    return bits.to(tl.float32, bitcast=True) - (REST + LESS) * 1.0
+
+
+@triton.jit
+def weight_parts(
     q_ptr, s_ptr, o_ptr, code_ptr, block_ptr, shift_ptr,
     n, mask_n, g, k, k_end,
     stride_qn, stride_sn,
     BITS: tl.constexpr, OFFSET: tl.constexpr, NESTED: tl.constexpr,
     BLOCK_K: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Rows n [R] of w at columns k .. k + BLOCK_K of group g -> [R, BLOCK_K] float32.
+    """Rows n [R] of w at columns k .. k + BLOCK_K of group g -> float32 [R, BLOCK_K] and [R], whose product
+    the weight is; of minima the first alone is, and the second is 1.
 
     NESTED: scales are codes of code_ptr [256], times block_ptr's, one to 256 of them, plus shift_ptr's; all of
     them lie together, stride_sn = G.
 
-    g, k and k_end (the group's end) are [1] or [R], k even for 4 bits.  Rows masked off are 0;
-    columns at or past k_end are unspecified, but finite where the scales are.  FULL: no tile passes
-    its group's end.
+    g, k and k_end (the group's end) are [1] or [R], k even for 4 bits.  Rows masked off are 0; columns at or past
+    k_end are unspecified, but finite where the scales are.  FULL: no tile passes its group's end.
     """
     PER: tl.constexpr = 8 // BITS  # codes in a byte
     j = tl.arange(0, BLOCK_K // PER)[None, :]
@@ -41,25 +54,49 @@ def weight_tile(
         mask = mask & (k[:, None] + j * PER < k_end[:, None])
     packed = tl.load(q_ptr + n[:, None] * stride_qn + (k // PER)[:, None] + j, mask=mask, other=0)
     packed = packed.to(tl.int32)
-    if BITS == 4:
-        packed = tl.interleave(packed & 15, packed >> 4)
+    opaque = tl.minimum(stride_qn, 0).to(tl.int32)
     at = n * stride_sn + g
     if NESTED:
         code = tl.load(code_ptr + tl.load(s_ptr + at, mask=mask_n, other=0).to(tl.int32))
         s = code * tl.load(block_ptr + at // 256, mask=mask_n, other=0.0) + tl.load(shift_ptr)
-        s = tl.where(mask_n, s, 0.0)[:, None]
+        s = tl.where(mask_n, s, 0.0)
     else:
-        s = tl.load(s_ptr + at, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+        s = tl.load(s_ptr + at, mask=mask_n, other=0.0).to(tl.float32)
     if OFFSET == 3:
-        return s * tl.load(o_ptr + packed)  # 64 bytes, which stay in L1
-    # 2^23 with the code as its low bits, less 2^23: exact, and dearer integer conversions avoided
-    code = (packed | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    if OFFSET == 0:
-        return s * (code - (1 << (BITS - 1)))
-    o = tl.load(o_ptr + at, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    if OFFSET == 1:
-        return s * (code - o)
-    return s * code + o
+        if BITS == 4:
+            packed = tl.interleave(packed & 15, packed >> 4)
+        w = tl.load(o_ptr + packed)  # 64 bytes, which stay in L1
+    else:
+        LESS: tl.constexpr = 1 << (BITS - 1) if OFFSET == 0 else 0
+        w = _codes(packed, opaque, 0, BITS, LESS)
+        if BITS == 4:
+            w = tl.interleave(w, _codes(packed, opaque, 4, BITS, LESS))
+    if OFFSET == 1 or OFFSET == 2:
+        o = tl.load(o_ptr + at, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+        if OFFSET == 1:
+            w -= o
+        else:
+            w = s[:, None] * w + o
+            s = tl.where(mask_n, 1.0, 0.0)
+    return w, s
+
+
+@triton.jit
+def weight_tile(
+    q_ptr, s_ptr, o_ptr, code_ptr, block_ptr, shift_ptr,
+    n, mask_n, g, k, k_end,
+    stride_qn, stride_sn,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, NESTED: tl.constexpr,
+    BLOCK_K: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """weight_parts' arguments -> the weight [R, BLOCK_K], float32."""
+    w, s = weight_parts(
+        q_ptr, s_ptr, o_ptr, code_ptr, block_ptr, shift_ptr, n, mask_n, g, k, k_end,
+        stride_qn, stride_sn, BITS, OFFSET, NESTED, BLOCK_K, FULL,
+    )  # fmt: skip
+    if OFFSET != 2:
+        w *= s[:, None]
+    return w
 
 
 @triton.jit

@@ -11,8 +11,9 @@ Nested scales are codes of their own, looked up as they are read.
 
 M rows (tokens), N output features, K input features, G = K / group groups in a row.  4-bit codes
 lie two a byte along K, the even k in the low nibble.  The codes become float32 weights in
-registers, as QuantTensor.dequantize makes them; sums are float32.  Up to GEMV_ROWS rows multiply in
-float32; above, the tensor cores take w and x in x's dtype (float32 as three TF32 products).  Few
+registers, as QuantTensor.dequantize makes them; sums are float32.  A few rows (is_gemv) multiply in
+float32, a run of codes with x before their scale; above, the tensor cores take w and x in x's dtype
+(float32 as three TF32 products).  Few
 tiles share out K, and a second kernel adds their sums.  Where rows are many (DENSE), w is written in
 x's dtype, and torch multiplies, unless torch.use_deterministic_algorithms asks it not to.
 
@@ -32,15 +33,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _quant_cuda
 from ._quant_tiles import (
     DENSE,
     DENSE_DGRAD,
     DGRAD,
     GEMM,
     GEMV,
-    GEMV_ROWS,
     MOST_FEATURES,
     MOST_ROWS,
+    is_gemv,
 )
 from ._quant_weight import (
     CODEBOOK,
@@ -52,6 +54,7 @@ from ._quant_weight import (
     offset_of,
     plain_scales,
     tile_columns,
+    weight_parts,
     weight_tile,
 )
 from ._tune import Tunable, bucket, split
@@ -78,7 +81,7 @@ def _gemv_kernel(
     for step in range(0, tl.cdiv(tiles, SPLIT)):
         tile = step * SPLIT + r % SPLIT
         g, k, k_end = tile_columns(tile, tiles_per_group, group, BLOCK_K, FULL)
-        w = weight_tile(
+        w, s = weight_parts(
             q_ptr, s_ptr, o_ptr, code_ptr, block_ptr, shift_ptr, n_r, (n_r < N) & (tile < tiles), g, k, k_end,
             stride_qn, stride_sn, BITS, OFFSET, NESTED, BLOCK_K, FULL,
         )  # fmt: skip
@@ -91,7 +94,8 @@ def _gemv_kernel(
             mask = mask & (col < end[None, :, None])
         x = tl.load(x_rows + col, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, SPLIT, BLOCK_K]
         w = tl.reshape(w, (1, BLOCK_N, SPLIT, BLOCK_K))
-        acc += tl.sum(w * x[:, None, :, :], axis=3)
+        part = tl.sum(w * x[:, None, :, :], axis=3)  # [BLOCK_M, BLOCK_N, SPLIT]
+        acc += tl.reshape(s, (1, BLOCK_N, SPLIT)) * part
     y = tl.sum(acc, axis=2)  # [BLOCK_M, BLOCK_N]
 
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -233,8 +237,12 @@ def _config(
 
 def _narrow(config: dict[str, Any], kind: int) -> dict[str, Any]:
     """config, with half the rows of w where each weight is a load of its own, whose addresses would spill."""
-    wide = kind == CODEBOOK and config["BLOCK_M"] * config["BLOCK_N"] >= 128 * 128
-    return {**config, "BLOCK_N": config["BLOCK_N"] // 2} if wide else config
+    rows = config["BLOCK_N"]
+    wide = (
+        config["BLOCK_M"] * rows >= 128 * 128
+        or rows * config.get("SPLIT", 0) * config["BLOCK_K"] > 8192
+    )
+    return {**config, "BLOCK_N": rows // 2} if wide and kind == CODEBOOK else config
 
 
 def _rows(t: Tensor, M: int) -> Tensor:
@@ -267,7 +275,7 @@ def _dot(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _is_dense(way: Tunable, x: Tensor, bits: int, group: int, M: int, N: int, K: int) -> bool:
-    if M <= GEMV_ROWS or not N or not K or torch.are_deterministic_algorithms_enabled():
+    if not N or not K or torch.are_deterministic_algorithms_enabled():
         return False
     sizes = bucket(M, MOST_ROWS), bucket(N, MOST_FEATURES), bucket(K, MOST_FEATURES)
     return bool(way(x.device, x.dtype, bits, group, *sizes)["DENSE"])
@@ -291,6 +299,8 @@ def _linear(
     offset, kind = offset_of(scales, zeros, minima, codebook)
     if activations == "int8" and K:
         x = _round_activations(x, group)
+    if _quant_cuda.serves(x, bits, group, M, kind, bool(nested)):
+        return _quant_cuda.linear(x, qweight, scales, zeros, minima, bias).view(y.shape)
     if _is_dense(DENSE, x, bits, group, M, N, K):
         scales = plain_scales(scales, nested) if nested else scales
         for rows, w in by_rows(bits, qweight, scales, offset, kind, group, x.dtype):
@@ -304,9 +314,9 @@ def _linear(
     constants: dict[str, Any] = {"BITS": bits, "OFFSET": kind, "NESTED": bool(nested)}
     programs: tuple[int, ...]
     to = y
-    if M <= GEMV_ROWS:
+    if is_gemv(x.dtype, M):
         config = _config(GEMV, x, bits, group, M, N, K)
-        config["BLOCK_M"] = bucket(M, GEMV_ROWS)
+        config = _narrow({**config, "BLOCK_M": triton.next_power_of_2(M)}, kind)
         programs = (triton.cdiv(N, config["BLOCK_N"]),)
         kernel = _gemv_kernel
     else:
@@ -375,19 +385,21 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
     tables = ("code_ptr", "block_ptr", "shift_ptr")
     sizes = dict.fromkeys(("stride_qn", "stride_sn", "M", "N", "group", "tiles_per_group"), "i32")
     found: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]] = []
-    for M, dtype, bits, kind, group, *rest in (
-        (1, bf16, 4, ZEROS, 128),
-        (8, bf16, 4, SYMMETRIC, 32),
-        (8, fp32, 8, MINIMA, 100),  # masked tiles
-        (1, bf16, 4, CODEBOOK, 64),
-        (1, bf16, 4, CODEBOOK, 64, True),
-        (16, bf16, 4, ZEROS, 128),
-        (64, fp16, 8, SYMMETRIC, 4096),
-        (512, bf16, 4, ZEROS, 128),
-        (512, bf16, 4, MINIMA, 32),
-        (512, bf16, 4, CODEBOOK, 64),
-        (512, bf16, 4, CODEBOOK, 64, True),
-        (512, fp32, 4, SYMMETRIC, 32),
+    for M, N, dtype, bits, kind, group, *rest in (
+        (1, 4096, bf16, 4, ZEROS, 128),
+        (1, 8192, bf16, 4, SYMMETRIC, 128),
+        (2, 4096, bf16, 4, ZEROS, 128),
+        (8, 4096, fp32, 8, MINIMA, 100),  # masked tiles
+        (1, 8192, bf16, 4, CODEBOOK, 64),
+        (1, 4096, bf16, 4, CODEBOOK, 64, True),
+        (8, 4096, bf16, 4, SYMMETRIC, 32),
+        (16, 4096, bf16, 4, ZEROS, 128),
+        (64, 4096, fp16, 8, SYMMETRIC, 4096),
+        (512, 4096, bf16, 4, ZEROS, 128),
+        (512, 4096, bf16, 4, MINIMA, 32),
+        (512, 4096, bf16, 4, CODEBOOK, 64),
+        (512, 4096, bf16, 4, CODEBOOK, 64, True),
+        (512, 4096, fp32, 4, SYMMETRIC, 32),
     ):
         t = f"*{names[dtype]}"
         nested = bool(rest)
@@ -397,10 +409,11 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
         weight |= dict.fromkeys(tables, "*fp32" if nested else weight["s_ptr"])
         forward = {"x_ptr": t, **weight, "bias_ptr": t, "y_ptr": t, **sizes}
         forward |= {"stride_xm": "i32", "stride_ym": "i32", "tiles": "i32"}
-        sizes_of = dtype, bits, group, M, 4096, 4096
-        if M <= GEMV_ROWS:
+        sizes_of = dtype, bits, group, M, N, 4096
+        if is_gemv(dtype, M):
             block, options = split(GEMV.heuristic(*sizes_of))
-            block |= {"BLOCK_M": M, "FULL": group % block["BLOCK_K"] == 0}
+            block = _narrow({**block, "BLOCK_M": M}, kind)
+            block["FULL"] = group % block["BLOCK_K"] == 0
             found.append((_gemv_kernel, forward, {**fixed, "HAS_BIAS": True, **block}, options))
             continue
         block, options = split(_narrow(GEMM.heuristic(*sizes_of), kind))
@@ -409,7 +422,7 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
         own = {"y_ptr": "*fp32"} if block["SHARES"] > 1 else {}
         fixed_to = {**fixed, "HAS_BIAS": block["SHARES"] == 1, **block}
         found.append((_gemm_kernel, forward | own, fixed_to, options))
-        if M == 64 or (M == 512 and group == 32):
+        if M in (8, 64) or (M == 512 and group == 32):
             continue
         block, options = split(DGRAD.heuristic(*sizes_of))
         block["FULL"] = group % block["BLOCK_K"] == 0

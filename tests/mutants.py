@@ -214,11 +214,13 @@ TRITON = [
     *of(
         "_quant_weight",
         "quant_linear",
-        ("        return s * (code - (1 << (BITS - 1)))", "        return s * code"),
-        ("        return s * (code - o)\n", "        return s * code\n"),
-        ("        return s * tl.load(o_ptr + packed)", "        return s * tl.load(o_ptr + (packed ^ 1))"),
-        ("    return s * code + o\n", "    return s * code\n"),
-        ("        packed = tl.interleave(packed & 15, packed >> 4)", "        packed = tl.interleave(packed >> 4, packed & 15)"),
+        (" - (REST + LESS) * 1.0\n", " - REST * 1.0\n"),
+        ("            w -= o\n", "            w -= 0 * o\n"),
+        ("            s = tl.where(mask_n, 1.0, 0.0)\n", ""),
+        ("        w = tl.load(o_ptr + packed)", "        w = tl.load(o_ptr + (packed ^ 1))"),
+        ("            w = s[:, None] * w + o\n", "            w = s[:, None] * w\n"),
+        ("            w = tl.interleave(w, _codes(packed, opaque, 4, BITS, LESS))", "            w = tl.interleave(_codes(packed, opaque, 4, BITS, LESS), w)"),
+        ("            packed = tl.interleave(packed & 15, packed >> 4)", "            packed = tl.interleave(packed >> 4, packed & 15)"),
     ),
     *of(
         "_quant_weight",
@@ -235,6 +237,7 @@ TRITON = [
         ("            of_group = group if whole else columns.stop - columns.start\n", "            of_group = group\n"),
         ("        theirs = offset if kind == CODEBOOK else offset[:, groups]\n", "        theirs = offset\n"),
     ),
+    *of("quant_linear", "quant_linear_kernels", ("        acc += tl.reshape(s, (1, BLOCK_N, SPLIT)) * part\n", "        acc += part\n")),
     *of(
         "quant_linear",
         "quant_linear_rows",

@@ -1,5 +1,5 @@
-"""The arithmetic of one lane of csrc/cuda/*.cuh, which is also host code, gives the weight's product
-on the CPU.  test_compile.py holds what nvcc makes of the sources."""
+"""csrc/cuda/*.cuh, which is also host code, gives the weight's product on a CPU: a thread for each of a
+block's, barriers and all.  test_compile.py holds what nvcc makes of the sources."""
 
 import ctypes
 import re
@@ -16,7 +16,7 @@ from tilewright.testing import assert_within
 CUDA = Path(__file__).resolve().parents[1] / "csrc/cuda"
 NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings"]
+FLAGS = ["-O3", "-Werror", "all-warnings"]
 
 
 def nvcc(*args: str) -> str:
@@ -31,37 +31,94 @@ def test_device_code_includes_no_torch():
 
 
 HOST = r"""
+#include <array>
+#include <barrier>
+#include <thread>
+#include <vector>
+
 #include "quant_linear.cuh"
 using namespace tilewright::cuda;
 
-template <typename T, int M, bool OFFSET>
-static void block(const Int4Gemv& a, float* y) {
-  for (int64_t n0 = 0; n0 < a.N; n0 += ROWS<M>)
-    for (int lane = 0; lane < WARPS * 32; ++lane) {
-      float acc[ROWS<M>][M] = {};
-      lane_sums<T, M, OFFSET>(a, n0, lane, WARPS * 32, acc);
-      for (int r = 0; r < ROWS<M> && n0 + r < a.N; ++r)
-        for (int m = 0; m < a.M; ++m) y[m * a.N + n0 + r] += acc[r][m];
+// 32 lanes that meet to multiply: the layouts of mma.m16n8k16 in the PTX manual, told element by element.
+struct Warp {
+  std::barrier<> meet{32};
+  std::array<std::array<uint32_t, 4>, 32> a;
+  std::array<std::array<uint32_t, 2>, 32> b;
+};
+
+template <typename T>
+static float half_of(uint32_t word, int i) {
+  const float2 f = Pair<T>::floats(word);
+  return i ? f.y : f.x;
+}
+
+struct Cpu {
+  int thread_, block_, warps_;
+  float* sums;
+  Warp* warp;
+  std::barrier<>* all;
+  int thread() const { return thread_; }
+  int block() const { return block_; }
+  int warps() const { return warps_; }
+  float* shared() const { return sums; }
+  void sync() const { all->arrive_and_wait(); }
+  template <typename T>
+  void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) const {
+    const int lane = thread_ % 32;
+    for (int i = 0; i < 4; ++i) warp->a[lane][i] = a[i];
+    for (int i = 0; i < 2; ++i) warp->b[lane][i] = b[i];
+    warp->meet.arrive_and_wait();
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i / 2), col = lane % 4 * 2 + i % 2;
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t left = warp->a[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
+        const uint32_t right = warp->b[col * 4 + k % 8 / 2][k / 8];
+        c[i] += half_of<T>(left, k % 2) * half_of<T>(right, k % 2);
+      }
     }
+    warp->meet.arrive_and_wait();
+  }
+};
+
+template <typename T, int NT, bool WIDE, bool OFFSET>
+static void blocks(const Int4Rows& a, int warps) {
+  for (int block = 0; block * FEATURES < a.N; ++block) {
+    std::vector<float> sums(warps * FEATURES * 8 * NT);
+    std::vector<Warp> of(warps);
+    std::barrier<> all(32 * warps);
+    std::vector<std::thread> lanes;
+    for (int i = 0; i < 32 * warps; ++i)
+      lanes.emplace_back([&, i] {
+        int4_rows<T, NT, WIDE, OFFSET>(Cpu{i, block, warps, sums.data(), &of[i / 32], &all}, a);
+      });
+    for (auto& lane : lanes) lane.join();
+  }
+}
+
+template <typename T, int NT, bool WIDE>
+static void offsets(const Int4Rows& a, int warps) {
+  a.offset ? blocks<T, NT, WIDE, true>(a, warps) : blocks<T, NT, WIDE, false>(a, warps);
 }
 
 template <typename T>
-static void rows(const Int4Gemv& a, float* y) {
-  if (a.M == 1) a.offset ? block<T, 1, true>(a, y) : block<T, 1, false>(a, y);
-  else if (a.M <= 4) a.offset ? block<T, 4, true>(a, y) : block<T, 4, false>(a, y);
-  else a.offset ? block<T, 8, true>(a, y) : block<T, 8, false>(a, y);
+static void rows(const Int4Rows& a, int warps) {
+  const bool wide = a.group % COLUMNS == 0;
+  if (a.M <= 8) wide ? offsets<T, 1, true>(a, warps) : offsets<T, 1, false>(a, warps);
+  else wide ? offsets<T, 2, true>(a, warps) : offsets<T, 2, false>(a, warps);
 }
 
-extern "C" void gemv_on_host(const void* x, const uint8_t* q, const void* s, const void* o, float* y, int64_t M,
-                             int64_t N, int64_t K, int64_t G, int kind, int scale_kind, int minimum) {
-  Int4Gemv a{};
-  a.x = x, a.qweight = q, a.scales = s, a.offset = o, a.stride_xm = K;
+extern "C" void rows_on_host(const void* x, const uint8_t* q, const void* s, const void* o, const void* bias, void* y,
+                             int64_t M, int64_t N, int64_t K, int64_t G, int kind, int scale_kind, int minimum,
+                             int warps) {
+  Int4Rows a{};
+  a.x = x, a.qweight = q, a.scales = s, a.offset = o, a.bias = bias, a.y = y, a.stride_xm = K;
   a.N = N, a.K = K, a.G = G, a.group = K / G, a.M = static_cast<int>(M);
+  a.of_group = Divisor::of(a.group / 32);
   a.kind = static_cast<Float>(kind), a.scale_kind = static_cast<Float>(scale_kind), a.offset_is_minimum = minimum;
-  if (a.kind == Float::F32) rows<float>(a, y);
-  else if (a.kind == Float::BF16) rows<__nv_bfloat16>(a, y);
-  else rows<__half>(a, y);
+  a.kind == Float::BF16 ? rows<__nv_bfloat16>(a, warps) : rows<__half>(a, warps);
 }
+
+extern "C" uint32_t quotient(uint32_t n, uint32_t d) { return Divisor::of(d).quotient(n); }
 """
 
 
@@ -69,40 +126,108 @@ extern "C" void gemv_on_host(const void* x, const uint8_t* q, const void* s, con
 def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("host")
     (folder / "host.cu").write_text(HOST)
-    nvcc("-Xcompiler", "-fPIC", "-shared", "-arch=sm_80", f"-I{CUDA}", "-o",
+    nvcc("-std=c++20", "-Xcompiler", "-fPIC", "-shared", "-arch=sm_80", f"-I{CUDA}", "-o",
          str(folder / "host.so"), str(folder / "host.cu"))  # fmt: skip
     return ctypes.CDLL(str(folder / "host.so"))
 
 
+def at(t: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def on_host(host: ctypes.CDLL, x: torch.Tensor, w: QuantTensor, bias=None, warps=2) -> torch.Tensor:
+    """What the kernel makes of it, a thread of this machine for each of its own."""
+    number = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+    offset = w.zeros if w.minima is None else w.minima
+    (M, K), (N, G) = x.shape, w.scales.shape
+    y = torch.full((M, N), torch.nan, dtype=x.dtype)
+    sizes = [ctypes.c_int64(i) for i in (M, N, K, G)]
+    host.rows_on_host(
+        at(x), at(w.qweight), at(w.scales), at(offset), at(bias), at(y), *sizes,
+        number[x.dtype], number[w.scales.dtype], int(w.minima is not None), warps,
+    )  # fmt: skip
+    return y
+
+
+def weight(kind: str, N: int, K: int, G: int) -> QuantTensor:
+    dtypes = {"symmetric": torch.float16, "zeros": torch.bfloat16, "minima": torch.float32}
+    scales = torch.rand(N, G) + 0.5
+    zeros = 15 * torch.rand(N, G) if kind == "zeros" else None
+    minima = torch.randn(N, G) if kind == "minima" else None
+    parts = [None if t is None else t.to(dtypes[kind]) for t in (scales, zeros, minima)]
+    return QuantTensor(pack_int4(torch.randint(0, 16, (N, K), dtype=torch.uint8)), *parts)
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
 @pytest.mark.parametrize(
-    "M,N,K,G", [(1, 7, 64, 2), (3, 9, 8256, 43), (8, 5, 576, 9), (5, 6, 4352, 1)]
+    "M,N,K,G",
+    [
+        (1, 32, 128, 1),
+        (3, 39, 512, 2),  # features past the end
+        (8, 5, 640, 5),  # five runs of columns, of two warps
+        (9, 33, 288, 9),  # groups of 32, and a last run of one
+        (16, 32, 192, 1),  # one group that 128 does not divide
+        (11, 7, 1152, 3),
+    ],
 )
-def test_lanes_sum_to_the_product(host, dtype, kind, M, N, K, G):
-    number = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-    scale_dtype = {"symmetric": torch.float16, "zeros": torch.bfloat16, "minima": torch.float32}[
-        kind
-    ]
-    codes = torch.randint(0, 16, (N, K), dtype=torch.uint8)
-    scales = (torch.rand(N, G) + 0.5).to(scale_dtype)
-    offset = {"symmetric": None, "zeros": 15 * torch.rand(N, G), "minima": torch.randn(N, G)}[kind]
-    offset = None if offset is None else offset.to(scale_dtype)
-    w = QuantTensor(
-        pack_int4(codes),
-        scales,
-        offset if kind == "zeros" else None,
-        offset if kind == "minima" else None,
+def test_a_block_makes_the_product(host, half, kind, M, N, K, G):
+    w = weight(kind, N, K, G)
+    x, bias = torch.randn(M, K).to(half), torch.randn(N).to(half)
+    y = on_host(host, x, w, bias if M % 2 else None)
+    truth = x.double() @ w.dequantize(torch.float64).T + (bias.double() if M % 2 else 0)
+    eager = x.float() @ w.dequantize().T + (bias.float() if M % 2 else 0)
+    eps = torch.finfo(half).eps
+    assert_within(y.double(), eager.to(half).double(), truth, eps, kind)
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("group", [32, 128])
+def test_one_hot_rows_read_the_weight_exactly(host, half, group):
+    """By columns, so that a code read for another one shows; zeros are whole, as GPTQ's and AWQ's are."""
+    K = 256
+    w = weight("zeros", 32, K, K // group)
+    w.zeros.round_()
+    eye = torch.eye(K, dtype=half)
+    y = torch.cat([on_host(host, rows, w) for rows in eye.split(16)])
+    assert torch.equal(y, w.dequantize().T.to(half))
+
+
+def test_warps_share_out_the_columns(host):
+    x, w = torch.randn(4, 1152).bfloat16(), weight("zeros", 32, 1152, 9)
+    one, three = on_host(host, x, w, warps=1), on_host(host, x, w, warps=3)
+    assert torch.equal(three, on_host(host, x, w, warps=3))
+    torch.testing.assert_close(one, three)
+
+
+def test_divisors_are_exact(host):
+    host.quotient.restype = ctypes.c_uint32
+    most = 2**21 // 32 - 1  # columns of a row, by 32s
+    for d in (1, 2, 3, 4, 7, 100, 4095, 65521, most):
+        ends = torch.arange(0, most + 1, d)
+        for n in {*ends[:50].tolist(), *ends[-50:].tolist(), most}:
+            for near in (n - 1, n, n + 1):
+                if 0 <= near <= most:
+                    assert host.quotient(near, d) == near // d, (near, d)
+
+
+if torch.cuda.is_available() and hasattr(torch.ops.tilewright, "linear_int4_rows"):
+
+    @pytest.mark.parametrize("half", HALVES, ids=str)
+    @pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
+    @pytest.mark.parametrize(
+        "M,N,K,G", [(1, 4096, 4096, 32), (8, 39, 640, 5), (16, 8192, 1056, 33)]
     )
-    x = torch.randn(M, K).to(dtype)
-    y = torch.zeros(M, N)
+    def test_quant_linear_on_a_gpu(monkeypatch, half, kind, M, N, K, G):
+        from tilewright import ops
 
-    def at(t: torch.Tensor | None) -> ctypes.c_void_p:
-        return ctypes.c_void_p(None if t is None else t.data_ptr())
-
-    sizes = [ctypes.c_int64(i) for i in (M, N, K, G)]
-    host.gemv_on_host(
-        at(x), at(w.qweight), at(scales), at(offset), at(y), *sizes,
-        number[dtype], number[scale_dtype], int(kind == "minima"),
-    )  # fmt: skip
-    truth = x.double() @ w.dequantize(torch.float64).T
-    assert_within(y.double(), (x.float() @ w.dequantize().T).double(), truth, 2**-23, kind)
+        w, x = weight(kind, N, K, G).to("cuda"), torch.randn(M, K, device="cuda").to(half)
+        monkeypatch.setenv("TILEWRIGHT_CUDA", "1")
+        y = ops.quant_linear(x, w)
+        assert torch.equal(y, ops.quant_linear(x, w))
+        truth = x.double() @ w.dequantize(torch.float64).T
+        eager = (x.float() @ w.dequantize().T).to(half)
+        assert_within(y.double(), eager.double(), truth, torch.finfo(half).eps, kind)

@@ -71,8 +71,9 @@ def rope_loads(e: int, *, tokens: int, heads: int, dim: int, interleaved: bool =
 def quant_tiles(e: int, M: int, N: int, K: int) -> dict[str, int]:
     from tilewright.kernels import quant_linear as q
 
-    key = FP32 if e == 4 else BF16, 4, 32, power(M), power(N), power(K)
-    if M <= q.GEMV_ROWS:
+    dtype = FP32 if e == 4 else BF16
+    key = dtype, 4, 32, power(M), power(N), power(K)
+    if q.is_gemv(dtype, M):
         return q.GEMV.heuristic(*key) | {"BLOCK_M": M}
     return q.GEMM.heuristic(*key)
 
@@ -89,12 +90,12 @@ def quant_loads(e: int, *, M: int, N: int, K: int, bits: int) -> int:
 def quant_told(*, M: int, N: int, K: int, bits: int) -> int:
     """Sums that shares of K store, and a second kernel loads."""
     shares = quant_tiles(4, M, N, K).get("SHARES", 1)
-    assert M <= 8 or shares == quant_tiles(2, M, N, K)["SHARES"]
+    assert M == 1 or shares == quant_tiles(2, M, N, K)["SHARES"]
     return 2 * shares * M * N if shares > 1 else 0
 
 
 def quant_flops(e: int, *, M: int, N: int, K: int, bits: int) -> int:
-    if M <= 8:
+    if M == 1:
         return 0  # no tensor cores
     t = quant_tiles(e, M, N, K)
     rows, columns = ceil(M / t["BLOCK_M"]) * t["BLOCK_M"], ceil(N / t["BLOCK_N"]) * t["BLOCK_N"]

@@ -1,4 +1,5 @@
-// The 4-bit GEMV's arguments and launcher: what csrc/bind/cuda and quant_linear.cu share.
+// The arguments and launcher of a linear with 4-bit weights for a few rows of 16 bits: what
+// csrc/bind/cuda and quant_linear.cu share.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -8,7 +9,20 @@ namespace tilewright::cuda {
 
 enum class Float : int { F32 = 0, BF16 = 1, F16 = 2 };
 
-struct Int4Gemv {
+// n / d by a product: exact where n d < 2^32.
+struct Divisor {
+  uint64_t inverse;  // 2^32 / d, rounded up
+  static constexpr Divisor of(uint64_t d) { return {((uint64_t{1} << 32) + d - 1) / d}; }
+#ifdef __CUDACC__
+  __host__ __device__
+#endif
+      uint32_t
+      quotient(uint32_t n) const {
+    return static_cast<uint32_t>((n * inverse) >> 32);
+  }
+};
+
+struct Int4Rows {
   const void* x;           // [M, K], rows stride_xm apart
   const uint8_t* qweight;  // [N, K/2]
   const void* scales;      // [N, G]
@@ -17,16 +31,18 @@ struct Int4Gemv {
   void* y;                 // [M, N]
   int64_t stride_xm;       // elements
   int64_t N, K, group, G;
+  Divisor of_group;  // of group / 32
   int M;
-  Float kind;        // of x, bias and y
+  Float kind;        // of x, bias and y: BF16 or F16
   Float scale_kind;  // of scales and offset
   bool offset_is_minimum;
 };
 
-constexpr int INT4_GEMV_ROWS = 8;  // M at most
+constexpr int INT4_ROWS = 16;                    // M at most
+constexpr int64_t INT4_COLUMNS = int64_t{1} << 21;  // K is below it: Divisor
 
 }  // namespace tilewright::cuda
 
-// Enqueue on `stream`.  Needs 1 <= M <= INT4_GEMV_ROWS, N >= 1, K and group multiples of 32, and x,
-// its rows and qweight 16-byte aligned; gives cudaErrorInvalidValue otherwise.
-extern "C" cudaError_t tilewright_int4_gemv(const tilewright::cuda::Int4Gemv& a, cudaStream_t stream);
+// Enqueue on `stream`.  Needs 1 <= M <= INT4_ROWS, N >= 1, K < INT4_COLUMNS, K and group multiples of 32, and x, its rows
+// and qweight 16-byte aligned; gives cudaErrorInvalidValue otherwise.
+extern "C" cudaError_t tilewright_int4_rows(const tilewright::cuda::Int4Rows& a, cudaStream_t stream);

@@ -1,5 +1,5 @@
-// tilewright::linear_int4_gemv, the CUDA C++ kernel for up to 8 rows.  Nothing chooses it:
-// `linear_int4` runs the Triton kernel until this one has passed its tests on a GPU.
+// tilewright::linear_int4_rows, the CUDA C++ kernel for up to 16 rows of 16 bits.  `linear_int4` runs the
+// Triton kernel until this one has passed its tests on a GPU, or TILEWRIGHT_CUDA=1 chooses it.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -19,7 +19,7 @@ cuda::Float float_of(const at::Tensor& t, const char* name) {
     case at::kBFloat16: return cuda::Float::BF16;
     case at::kHalf: return cuda::Float::F16;
     default:
-      TORCH_CHECK_VALUE(false, "linear_int4_gemv: ", name,
+      TORCH_CHECK_VALUE(false, "linear_int4_rows: ", name,
                         " must be float32, bfloat16 or float16, not ", t.scalar_type());
   }
 }
@@ -30,35 +30,38 @@ at::Tensor aligned(const at::Tensor& t) {
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 ? dense.clone() : dense;
 }
 
-at::Tensor linear_int4_gemv(const at::Tensor& x, const at::Tensor& qweight, const at::Tensor& scales,
+at::Tensor linear_int4_rows(const at::Tensor& x, const at::Tensor& qweight, const at::Tensor& scales,
                             const std::optional<at::Tensor>& zeros,
                             const std::optional<at::Tensor>& minima,
                             const std::optional<at::Tensor>& bias) {
   TORCH_CHECK_VALUE(x.dim() == 2 && qweight.dim() == 2 && scales.dim() == 2,
-                    "linear_int4_gemv: x ", x.sizes(), ", qweight ", qweight.sizes(), " and scales ",
+                    "linear_int4_rows: x ", x.sizes(), ", qweight ", qweight.sizes(), " and scales ",
                     scales.sizes(), " must be 2-D");
   const int64_t M = x.size(0), K = x.size(1), N = qweight.size(0), G = scales.size(1);
+  TORCH_CHECK_VALUE(x.scalar_type() != at::kFloat, "linear_int4_rows: x must be bfloat16 or float16, not float32");
+  TORCH_CHECK_VALUE(K < cuda::INT4_COLUMNS, "linear_int4_rows: ", K, " columns, fewer than ",
+                    cuda::INT4_COLUMNS, " are taken");
   TORCH_CHECK_VALUE(qweight.scalar_type() == at::kByte && qweight.size(1) * 2 == K,
-                    "linear_int4_gemv: qweight ", qweight.scalar_type(), " ", qweight.sizes(),
+                    "linear_int4_rows: qweight ", qweight.scalar_type(), " ", qweight.sizes(),
                     " does not fit x ", x.sizes());
-  TORCH_CHECK_VALUE(M <= cuda::INT4_GEMV_ROWS, "linear_int4_gemv: ", M, " rows, ",
-                    cuda::INT4_GEMV_ROWS, " at most");
+  TORCH_CHECK_VALUE(M <= cuda::INT4_ROWS, "linear_int4_rows: ", M, " rows, ",
+                    cuda::INT4_ROWS, " at most");
   TORCH_CHECK_VALUE(G > 0 && scales.size(0) == N && K % G == 0 && (K / G) % 32 == 0,
-                    "linear_int4_gemv: scales ", scales.sizes(), " do not give ", N, " x ", K,
+                    "linear_int4_rows: scales ", scales.sizes(), " do not give ", N, " x ", K,
                     " groups that are multiples of 32");
-  TORCH_CHECK_VALUE(!zeros || !minima, "linear_int4_gemv: give zeros or minima, not both");
+  TORCH_CHECK_VALUE(!zeros || !minima, "linear_int4_rows: give zeros or minima, not both");
   const auto& given = zeros ? zeros : minima;
   TORCH_CHECK_VALUE(!given || (given->sizes() == scales.sizes() &&
                                given->scalar_type() == scales.scalar_type()),
-                    "linear_int4_gemv: zeros or minima must have the shape and dtype of scales");
+                    "linear_int4_rows: zeros or minima must have the shape and dtype of scales");
   TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == N &&
                               bias->scalar_type() == x.scalar_type()),
-                    "linear_int4_gemv: bias must be ", x.scalar_type(), " [", N, "]");
+                    "linear_int4_rows: bias must be ", x.scalar_type(), " [", N, "]");
   for (const auto* t : {&qweight, &scales})
-    TORCH_CHECK_VALUE(t->device() == x.device(), "linear_int4_gemv: x is on ", x.device(),
+    TORCH_CHECK_VALUE(t->device() == x.device(), "linear_int4_rows: x is on ", x.device(),
                       ", the weight on ", t->device());
   for (const auto* t : {&given, &bias})
-    TORCH_CHECK_VALUE(!*t || (*t)->device() == x.device(), "linear_int4_gemv: x is on ", x.device(),
+    TORCH_CHECK_VALUE(!*t || (*t)->device() == x.device(), "linear_int4_rows: x is on ", x.device(),
                       ", an offset or bias on ", (*t)->device());
 
   const c10::cuda::CUDAGuard guard(x.device());
@@ -69,7 +72,7 @@ at::Tensor linear_int4_gemv(const at::Tensor& x, const at::Tensor& qweight, cons
   const at::Tensor o = given ? given->contiguous() : at::Tensor();
   const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
 
-  cuda::Int4Gemv a{};
+  cuda::Int4Rows a{};
   a.x = x_.const_data_ptr();
   a.qweight = q.const_data_ptr<uint8_t>();
   a.scales = s.const_data_ptr();
@@ -82,7 +85,7 @@ at::Tensor linear_int4_gemv(const at::Tensor& x, const at::Tensor& qweight, cons
   a.kind = float_of(x, "x");
   a.scale_kind = float_of(scales, "scales");
   a.offset_is_minimum = minima.has_value();
-  C10_CUDA_CHECK(tilewright_int4_gemv(a, c10::cuda::getCurrentCUDAStream().stream()));
+  C10_CUDA_CHECK(tilewright_int4_rows(a, c10::cuda::getCurrentCUDAStream().stream()));
   return y;
 }
 
@@ -91,8 +94,8 @@ at::Tensor linear_int4_gemv(const at::Tensor& x, const at::Tensor& qweight, cons
 
 TORCH_LIBRARY_FRAGMENT(tilewright, m) {
   m.def(
-      "linear_int4_gemv(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? minima, "
+      "linear_int4_rows(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? minima, "
       "Tensor? bias) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(tilewright, CUDA, m) { m.impl("linear_int4_gemv", &tilewright::linear_int4_gemv); }
+TORCH_LIBRARY_IMPL(tilewright, CUDA, m) { m.impl("linear_int4_rows", &tilewright::linear_int4_rows); }
