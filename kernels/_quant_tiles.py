@@ -53,7 +53,7 @@ def _gemv_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K
     columns = 1024 if M == 1 else 512 if M == 2 else 256
     block_n = 16 if M == 1 and N >= 16 * PROGRAMS else 8
     if group % block_k:
-        columns, block_n = 128, 4
+        columns, block_n = 128, 4 if M <= 4 else 2
     block = {"BLOCK_N": block_n, "SPLIT": max(1, columns // block_k), "BLOCK_K": block_k}
     return block | {"num_warps": 4, "num_stages": 1}
 
