@@ -14,16 +14,31 @@ COLUMNS = 1 << 21  # K is below: its INT4_COLUMNS
 
 
 @functools.cache
-def is_chosen() -> bool:
-    built = torch.cuda.is_available() and hasattr(torch.ops.tilewright, "linear_int4_rows")
-    return built and os.environ.get("TILEWRIGHT_CUDA") == "1"
+def is_chosen(device: torch.device) -> bool:
+    built = hasattr(torch.ops.tilewright, "linear_int4_rows")
+    if not built or os.environ.get("TILEWRIGHT_CUDA") != "1":
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (
+        8,
+        9,
+    )  # what setup.py has it compiled for
 
 
-def serves(x: Tensor, bits: int, group: int, M: int, kind: int, is_nested: bool) -> bool:
-    """Whether it takes x [M, K] and a weight of bits, in groups, of _quant_weight's kind."""
-    fits = bits == 4 and M <= ROWS and group % 32 == 0 and x.shape[-1] < COLUMNS
-    plain = kind != CODEBOOK and not is_nested and x.dtype != torch.float32
-    return fits and plain and x.is_cuda and is_chosen()
+def serves(
+    x: Tensor,
+    bits: int,
+    qweight: Tensor,
+    scales: Tensor,
+    offset: Tensor,
+    kind: int,
+    is_nested: bool,
+) -> bool:
+    """Whether it takes x [M, K], and a weight as _linear and offset_of have it."""
+    M, K = x.shape
+    group = K // scales.shape[1]
+    fits = bits == 4 and M <= ROWS and group % 32 == 0 and K < COLUMNS and x.dtype != torch.float32
+    plain = kind != CODEBOOK and not is_nested and offset.dtype == scales.dtype
+    return x.is_cuda and fits and plain and qweight.data_ptr() % 16 == 0 and is_chosen(x.device)
 
 
 def linear(

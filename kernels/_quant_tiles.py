@@ -48,8 +48,8 @@ def _tiles(M: int, dtype: torch.dtype) -> Config:
 def _gemv_heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
     """Where is_gemv."""
     block_k = columns_of(group, 128)
-    # one row keeps 32 bytes of weight in flight a thread, or 64 where that leaves programs enough; more rows
-    # hold more x, and masked tiles more addresses, so they take fewer columns lest registers spill
+    # one row keeps 64 codes in flight a thread, or 128 where that leaves programs enough; more rows hold more x,
+    # and masked tiles more addresses, so they take fewer columns lest registers spill
     columns = 1024 if M == 1 else 512 if M == 2 else 256
     block_n = 16 if M == 1 and N >= 16 * PROGRAMS else 8
     if group % block_k:
@@ -92,13 +92,13 @@ def _widths(group: int) -> tuple[int, ...]:
 
 
 def _gemv_space(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> list[Config]:
-    """Tiles of 512 to 16384 weights."""
+    """Tiles of 256 to 16384 weights."""
     found = grid(
         BLOCK_N=(1, 2, 4, 8, 16), SPLIT=(1, 2, 4, 8, 16, 32, 64), BLOCK_K=_widths(group),
         num_warps=(2, 4, 8), num_stages=(1,),
     )  # fmt: skip
     tile = lambda c: c["BLOCK_N"] * c["SPLIT"] * c["BLOCK_K"]  # noqa: E731
-    return [c for c in found if 512 <= tile(c) <= 16384 // M] or [
+    return [c for c in found if 256 <= tile(c) <= 16384 // M] or [
         _gemv_heuristic(dtype, bits, group, M, N, K)
     ]
 

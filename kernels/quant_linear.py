@@ -275,7 +275,7 @@ def _dot(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _is_dense(way: Tunable, x: Tensor, bits: int, group: int, M: int, N: int, K: int) -> bool:
-    if not N or not K or torch.are_deterministic_algorithms_enabled():
+    if M <= 8 or not N or not K or torch.are_deterministic_algorithms_enabled():
         return False
     sizes = bucket(M, MOST_ROWS), bucket(N, MOST_FEATURES), bucket(K, MOST_FEATURES)
     return bool(way(x.device, x.dtype, bits, group, *sizes)["DENSE"])
@@ -299,7 +299,7 @@ def _linear(
     offset, kind = offset_of(scales, zeros, minima, codebook)
     if activations == "int8" and K:
         x = _round_activations(x, group)
-    if _quant_cuda.serves(x, bits, group, M, kind, bool(nested)):
+    if _quant_cuda.serves(x, bits, qweight, scales, offset, kind, bool(nested)):
         return _quant_cuda.linear(x, qweight, scales, zeros, minima, bias).view(y.shape)
     if _is_dense(DENSE, x, bits, group, M, N, K):
         scales = plain_scales(scales, nested) if nested else scales

@@ -237,7 +237,6 @@ TRITON = [
         ("            of_group = group if whole else columns.stop - columns.start\n", "            of_group = group\n"),
         ("        theirs = offset if kind == CODEBOOK else offset[:, groups]\n", "        theirs = offset\n"),
     ),
-    *of("quant_linear", "quant_linear_kernels", ("        acc += tl.reshape(s, (1, BLOCK_N, SPLIT)) * part\n", "        acc += part\n")),
     *of(
         "quant_linear",
         "quant_linear_rows",
@@ -248,7 +247,8 @@ TRITON = [
     *of(
         "quant_linear",
         "quant_linear",
-        ("        acc += tl.sum(w * x[:, None, :, :], axis=3)", "        acc = tl.sum(w * x[:, None, :, :], axis=3)"),
+        ("        acc += tl.reshape(s, (1, BLOCK_N, SPLIT)) * part", "        acc = tl.reshape(s, (1, BLOCK_N, SPLIT)) * part"),
+        ("        acc += tl.reshape(s, (1, BLOCK_N, SPLIT)) * part", "        acc += part"),
         ("        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]", "        y += 0.0"),
         ("        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]", "        acc += 0.0"),
         ("            mask = mask & (k + j < k_end)[:, None]\n", "            mask = mask\n"),

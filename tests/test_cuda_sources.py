@@ -2,6 +2,7 @@
 block's, barriers and all.  test_compile.py holds what nvcc makes of the sources."""
 
 import ctypes
+import importlib
 import re
 import shutil
 import subprocess
@@ -15,7 +16,6 @@ from tilewright.testing import assert_within
 
 CUDA = Path(__file__).resolve().parents[1] / "csrc/cuda"
 NVCC = shutil.which("nvcc")
-pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 FLAGS = ["-O3", "-Werror", "all-warnings"]
 
 
@@ -111,7 +111,7 @@ extern "C" void rows_on_host(const void* x, const uint8_t* q, const void* s, con
                              int64_t M, int64_t N, int64_t K, int64_t G, int kind, int scale_kind, int minimum,
                              int warps) {
   Int4Rows a{};
-  a.x = x, a.qweight = q, a.scales = s, a.offset = o, a.bias = bias, a.y = y, a.stride_xm = K;
+  a.x = x, a.qweight = q, a.scales = s, a.offset = o, a.bias = bias, a.y = y;
   a.N = N, a.K = K, a.G = G, a.group = K / G, a.M = static_cast<int>(M);
   a.of_group = Divisor::of(a.group / 32);
   a.kind = static_cast<Float>(kind), a.scale_kind = static_cast<Float>(scale_kind), a.offset_is_minimum = minimum;
@@ -124,6 +124,8 @@ extern "C" uint32_t quotient(uint32_t n, uint32_t d) { return Divisor::of(d).quo
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if NVCC is None:
+        pytest.skip("needs nvcc")
     folder = tmp_path_factory.mktemp("host")
     (folder / "host.cu").write_text(HOST)
     nvcc("-std=c++20", "-Xcompiler", "-fPIC", "-shared", "-arch=sm_80", f"-I{CUDA}", "-o",
@@ -149,13 +151,15 @@ def on_host(host: ctypes.CDLL, x: torch.Tensor, w: QuantTensor, bias=None, warps
     return y
 
 
-def weight(kind: str, N: int, K: int, G: int) -> QuantTensor:
+def weight(kind: str, N: int, K: int, G: int, device: str = "cpu") -> QuantTensor:
     dtypes = {"symmetric": torch.float16, "zeros": torch.bfloat16, "minima": torch.float32}
     scales = torch.rand(N, G) + 0.5
     zeros = 15 * torch.rand(N, G) if kind == "zeros" else None
     minima = torch.randn(N, G) if kind == "minima" else None
-    parts = [None if t is None else t.to(dtypes[kind]) for t in (scales, zeros, minima)]
-    return QuantTensor(pack_int4(torch.randint(0, 16, (N, K), dtype=torch.uint8)), *parts)
+    parts = [None if t is None else t.to(device, dtypes[kind]) for t in (scales, zeros, minima)]
+    return QuantTensor(
+        pack_int4(torch.randint(0, 16, (N, K), dtype=torch.uint8)).to(device), *parts
+    )
 
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -200,7 +204,24 @@ def test_warps_share_out_the_columns(host):
     x, w = torch.randn(4, 1152).bfloat16(), weight("zeros", 32, 1152, 9)
     one, three = on_host(host, x, w, warps=1), on_host(host, x, w, warps=3)
     assert torch.equal(three, on_host(host, x, w, warps=3))
-    torch.testing.assert_close(one, three)
+    truth = x.double() @ w.dequantize(torch.float64).T
+    assert_within(three.double(), one.double(), truth, torch.finfo(torch.bfloat16).eps, "three")
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
+def test_not_finite(host, kind):
+    """Where the product is, though the codes' sums are not: infinite inputs, and what overflows on the way."""
+    w = weight(kind, 32, 256, 2)
+    if kind == "zeros":
+        w.zeros.fill_(8.0)
+    x = torch.randn(5, 256).bfloat16()
+    x[0, 3], x[1, 200], x[2, 7] = torch.inf, -torch.inf, torch.nan
+    x[3] = 1e37
+    w.scales.mul_(0.01)
+    y = on_host(host, x, w)
+    truth = x.double() @ w.dequantize(torch.float64).T
+    eager = (x.float() @ w.dequantize().T).bfloat16()
+    assert_within(y.double(), eager.double(), truth, torch.finfo(torch.bfloat16).eps, kind)
 
 
 def test_divisors_are_exact(host):
@@ -214,18 +235,82 @@ def test_divisors_are_exact(host):
                     assert host.quotient(near, d) == near // d, (near, d)
 
 
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch):
+    """What kernels/_quant_cuda.py says of a weight and x, were the kernel here, and x on a GPU."""
+    cuda = importlib.import_module("tilewright.kernels._quant_cuda")
+    monkeypatch.setattr(cuda, "is_chosen", lambda device: True)
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    def serves(
+        M=1, K=512, half=torch.bfloat16, bits=4, group=128, kind=1, nested=False, offset=None, at=0
+    ):
+        x = torch.empty(M, K, dtype=half).as_subclass(OnGpu)
+        q = torch.empty(16 + 8 * K // 2, dtype=torch.uint8)
+        q = q[-q.data_ptr() % 16 + at :]
+        scales = torch.empty(8, K // group, dtype=torch.float16)
+        return cuda.serves(
+            x, bits, q, scales, scales if offset is None else scales.to(offset), kind, nested
+        )
+
+    return serves
+
+
+def test_where_it_serves(served):
+    for group, kind, half in (
+        (32, 0, torch.bfloat16),
+        (128, 1, torch.float16),
+        (512, 2, torch.bfloat16),
+    ):
+        assert served(16, group=group, kind=kind, half=half) and not served(17, group=group)
+    assert not any(
+        (
+            served(half=torch.float32), served(bits=8), served(group=16), served(group=16, kind=0),
+            served(kind=3), served(nested=True), served(offset=torch.uint8), served(at=1),
+            served(K=1 << 21, group=1 << 21),
+        )
+    )  # fmt: skip
+    assert served(K=(1 << 21) - 128)
+    header = (CUDA / "quant_linear.h").read_text()
+    assert "INT4_ROWS = 16;" in header and "INT4_COLUMNS = int64_t{1} << 21;" in header
+
+
 if torch.cuda.is_available() and hasattr(torch.ops.tilewright, "linear_int4_rows"):
 
     @pytest.mark.parametrize("half", HALVES, ids=str)
     @pytest.mark.parametrize("kind", ["symmetric", "zeros", "minima"])
     @pytest.mark.parametrize(
-        "M,N,K,G", [(1, 4096, 4096, 32), (8, 39, 640, 5), (16, 8192, 1056, 33)]
+        "M,N,K,G",
+        [
+            (1, 4096, 4096, 32),
+            (8, 39, 640, 5),
+            (11, 64, 192, 2),
+            (16, 8192, 1056, 33),
+            (13, 5, 96, 1),
+        ],
     )
     def test_on_a_gpu(half, kind, M, N, K, G):
-        w, x = weight(kind, N, K, G).to("cuda"), torch.randn(M, K, device="cuda").to(half)
-        parts = x, w.qweight, w.scales, w.zeros, w.minima, None
+        w = weight(kind, N, K, G, "cuda")
+        x, bias = torch.randn(M, K).to("cuda", half), torch.randn(N).to("cuda", half)
+        parts = x, w.qweight, w.scales, w.zeros, w.minima, bias
         y = torch.ops.tilewright.linear_int4_rows(*parts)
         assert torch.equal(y, torch.ops.tilewright.linear_int4_rows(*parts))
-        truth = x.double() @ w.dequantize(torch.float64).T
-        eager = (x.float() @ w.dequantize().T).to(half)
+        truth = x.double() @ w.dequantize(torch.float64).T + bias.double()
+        eager = (x.float() @ w.dequantize().T + bias.float()).to(half)
         assert_within(y.double(), eager.double(), truth, torch.finfo(half).eps, kind)
+
+    def test_quant_linear_takes_it(monkeypatch):
+        from tilewright import ops
+
+        cuda = importlib.import_module("tilewright.kernels._quant_cuda")
+        monkeypatch.setattr(cuda, "is_chosen", lambda device: True)
+        w, x = (
+            weight("zeros", 512, 1024, 8, "cuda"),
+            torch.randn(2, 3, 1024).to("cuda", torch.bfloat16),
+        )
+        direct = torch.ops.tilewright.linear_int4_rows(
+            x.view(6, -1), w.qweight, w.scales, w.zeros, None, None
+        )
+        assert torch.equal(ops.quant_linear(x, w).view(6, -1), direct)

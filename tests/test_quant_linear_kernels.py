@@ -20,7 +20,7 @@ INTERPRET, DEVICE, DTYPES, KINDS = (
 )
 weight, launch, launch_dgrad = launches.weight, launches.launch, launches.launch_dgrad
 expected, kernels = launches.expected, launches.kernels
-# (M, N, K, G): one row and eight (GEMV), then the tiled kernel; groups that fill a tile, that are
+# (M, N, K, G): one row and, of float32, eight (GEMV), then the tiled kernel, and two; groups that fill a tile, that are
 # several tiles, that are no multiple of 32, and that are the row; odd N; several steps of each walk
 SHAPES = [
     (1, 1, 2, 1),
@@ -33,6 +33,7 @@ SHAPES = [
     (33, 130, 192, 4),
     (40, 31, 288, 3),
     (130, 67, 128, 4),
+    (2, 21, 320, 5),
 ]
 
 

@@ -68,18 +68,18 @@ def rope_loads(e: int, *, tokens: int, heads: int, dim: int, interleaved: bool =
     return tokens * heads * (dim + dim) * e  # the tables once a head
 
 
-def quant_tiles(e: int, M: int, N: int, K: int) -> dict[str, int]:
+def quant_tiles(e: int, M: int, N: int, K: int, bits: int) -> dict[str, int]:
     from tilewright.kernels import quant_linear as q
 
     dtype = FP32 if e == 4 else BF16
-    key = dtype, 4, 32, power(M), power(N), power(K)
+    key = dtype, bits, 32, power(M), power(N), power(K)
     if q.is_gemv(dtype, M):
         return q.GEMV.heuristic(*key) | {"BLOCK_M": M}
     return q.GEMM.heuristic(*key)
 
 
 def quant_loads(e: int, *, M: int, N: int, K: int, bits: int) -> int:
-    t = quant_tiles(e, M, N, K)
+    t = quant_tiles(e, M, N, K, bits)
     tiles = K // 32 * ceil(32 / t["BLOCK_K"])
     weight = N * K * bits // 8 + N * tiles * 2 * (2 if bits == 4 else 1)
     # a weight once a block of rows, the rows once a block of outputs, and what shares of K add up to
@@ -89,15 +89,15 @@ def quant_loads(e: int, *, M: int, N: int, K: int, bits: int) -> int:
 
 def quant_told(*, M: int, N: int, K: int, bits: int) -> int:
     """Sums that shares of K store, and a second kernel loads."""
-    shares = quant_tiles(4, M, N, K).get("SHARES", 1)
-    assert M == 1 or shares == quant_tiles(2, M, N, K)["SHARES"]
+    shares = quant_tiles(2, M, N, K, bits).get("SHARES", 1)
+    assert M <= 8 or shares == quant_tiles(4, M, N, K, bits)["SHARES"]
     return 2 * shares * M * N if shares > 1 else 0
 
 
 def quant_flops(e: int, *, M: int, N: int, K: int, bits: int) -> int:
-    if M == 1:
+    t = quant_tiles(e, M, N, K, bits)
+    if "SPLIT" in t:
         return 0  # no tensor cores
-    t = quant_tiles(e, M, N, K)
     rows, columns = ceil(M / t["BLOCK_M"]) * t["BLOCK_M"], ceil(N / t["BLOCK_N"]) * t["BLOCK_N"]
     return 2 * rows * columns * K
 

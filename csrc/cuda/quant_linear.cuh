@@ -23,6 +23,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "quant_linear.h"
 
@@ -152,6 +153,23 @@ __host__ __device__ inline uint32_t word(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
+// y[m, n] one weight at a time: where the sums above are not finite, infinities may have met in them, or a
+// partial sum passed float32, that do not in the product.
+template <typename T>
+__host__ __device__ inline float alone(const Int4Rows& a, int m, int64_t n) {
+  const uint16_t* x = static_cast<const uint16_t*>(a.x) + m * a.K;
+  float y = 0.0f;
+  for (int64_t k = 0; k < a.K; ++k) {
+    const int64_t at = n * a.G + k / a.group;
+    const float q = static_cast<float>(a.qweight[(n * a.K + k) / 2] >> (k % 2 * 4) & 15);
+    const float s = load1(a.scales, a.scale_kind, at);
+    const float o = a.offset != nullptr ? load1(a.offset, a.scale_kind, at) : 8.0f;
+    const float w = a.offset_is_minimum ? fmaf(s, q, o) : s * (q - o);
+    y = fmaf(w, Pair<T>::floats(x[k]).x, y);
+  }
+  return y;
+}
+
 // What a block adds up: FEATURES features, of 8 NT >= a.M rows.  Rows and features past the end repeat the last
 // one and are never stored.
 #pragma nv_exec_check_disable
@@ -160,19 +178,19 @@ __host__ __device__ inline void int4_rows(const On& on, const Int4Rows& a) {
   const int lane = on.thread() % 32, warp = on.thread() / 32;
   const int g = lane / 4, t = lane % 4;  // mma's groups and lanes of one
   const int64_t n0 = static_cast<int64_t>(on.block()) * FEATURES;
-  int64_t row[TILES][2];
+  int row[TILES][2];
 #pragma unroll
   for (int r = 0; r < TILES; ++r) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int64_t n = n0 + 16 * r + 8 * h + g;
-      row[r][h] = n < a.N ? n : a.N - 1;
+      row[r][h] = static_cast<int>(n < a.N ? n : a.N - 1);
     }
   }
   const T* x_row[NT];
 #pragma unroll
   for (int i = 0; i < NT; ++i)
-    x_row[i] = static_cast<const T*>(a.x) + (8 * i + g < a.M ? 8 * i + g : a.M - 1) * a.stride_xm;
+    x_row[i] = static_cast<const T*>(a.x) + (8 * i + g < a.M ? 8 * i + g : a.M - 1) * a.K;
 
   const int K = static_cast<int>(a.K), step = on.warps() * COLUMNS;
   int k = warp * COLUMNS;
@@ -181,7 +199,7 @@ __host__ __device__ inline void int4_rows(const On& on, const Int4Rows& a) {
 #pragma unroll
     for (int r = 0; r < TILES; ++r) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) next[r][h] = words_at<WIDE>(a.qweight + row[r][h] * (a.K / 2), from, K, t);
+      for (int h = 0; h < 2; ++h) next[r][h] = words_at<WIDE>(a.qweight + static_cast<int64_t>(row[r][h]) * (K / 2), from, K, t);
     }
   };
   float acc[TILES][NT][4] = {};
@@ -230,7 +248,7 @@ __host__ __device__ inline void int4_rows(const On& on, const Int4Rows& a) {
       for (int r = 0; r < TILES; ++r) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int64_t at = row[r][h] * a.G + group;
+          const int64_t at = static_cast<int64_t>(row[r][h]) * a.G + group;
           const float s = load1(a.scales, a.scale_kind, at);
           float more = 0.0f;
           if (OFFSET) {
@@ -244,7 +262,7 @@ __host__ __device__ inline void int4_rows(const On& on, const Int4Rows& a) {
               float& sum = acc[r][j][2 * h + e];
               sum = fmaf(s, part[r][j][2 * h + e], sum);
               if (OFFSET) sum = fmaf(more, sum_x[j][e], sum);
-              part[r][j][2 * h + e] = 0.0f;
+              if (!WIDE) part[r][j][2 * h + e] = 0.0f;
             }
           }
         }
@@ -252,7 +270,9 @@ __host__ __device__ inline void int4_rows(const On& on, const Int4Rows& a) {
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sum_x[j][e] = 0.0f;
+        for (int e = 0; e < 4; ++e) {
+          if (!WIDE) sum_x[j][e] = 0.0f;
+        }
       }
     }
   }
@@ -277,6 +297,7 @@ __host__ __device__ inline void int4_rows(const On& on, const Int4Rows& a) {
     if (m >= a.M || n >= a.N) continue;
     float y = 0.0f;
     for (int w = 0; w < on.warps(); ++w) y += sums[w * OUTPUTS + i];
+    if (!(fabsf(y) <= 3.402823466e38f)) y = alone<T>(a, m, n);
     if (a.bias != nullptr) y += load1(a.bias, a.kind, n);
     store1(static_cast<T*>(a.y) + m * a.N + n, y);
   }
@@ -293,7 +314,7 @@ struct Gpu {
   // c [16, 8] += a [16, 16] b [16, 8], as the PTX manual lays them out over a warp
   template <typename T>
   __device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) const {
-    if (Pair<T>::ONES == Pair<__half>::ONES)
+    if (std::is_same_v<T, __half>)
       asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
           : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -23,15 +23,14 @@ struct Divisor {
 };
 
 struct Int4Rows {
-  const void* x;           // [M, K], rows stride_xm apart
+  const void* x;           // [M, K]
   const uint8_t* qweight;  // [N, K/2]
   const void* scales;      // [N, G]
   const void* offset;      // [N, G] zero-points or minima, or null: symmetric
   const void* bias;        // [N], or null
   void* y;                 // [M, N]
-  int64_t stride_xm;       // elements
   int64_t N, K, group, G;
-  Divisor of_group;  // of group / 32
+  Divisor of_group;  // of group / 32, by the launcher
   int M;
   Float kind;        // of x, bias and y: BF16 or F16
   Float scale_kind;  // of scales and offset
@@ -43,6 +42,6 @@ constexpr int64_t INT4_COLUMNS = int64_t{1} << 21;  // K is below it: Divisor
 
 }  // namespace tilewright::cuda
 
-// Enqueue on `stream`.  Needs 1 <= M <= INT4_ROWS, N >= 1, K < INT4_COLUMNS, K and group multiples of 32, and x, its rows
+// Enqueue on `stream`.  Needs 1 <= M <= INT4_ROWS, N >= 1, K < INT4_COLUMNS, K and group multiples of 32, and x
 // and qweight 16-byte aligned; gives cudaErrorInvalidValue otherwise.
 extern "C" cudaError_t tilewright_int4_rows(const tilewright::cuda::Int4Rows& a, cudaStream_t stream);

@@ -79,7 +79,6 @@ at::Tensor linear_int4_rows(const at::Tensor& x, const at::Tensor& qweight, cons
   a.offset = given ? o.const_data_ptr() : nullptr;
   a.bias = bias ? b.const_data_ptr() : nullptr;
   a.y = y.mutable_data_ptr();
-  a.stride_xm = K;
   a.N = N, a.K = K, a.group = K / G, a.G = G;
   a.M = static_cast<int>(M);
   a.kind = float_of(x, "x");
