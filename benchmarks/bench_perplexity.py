@@ -6,7 +6,6 @@ this.  The weights are those of its Q4_1 file, and quantised again, symmetric bu
 """
 
 import tempfile
-import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -41,7 +40,7 @@ def measure(quick):
     file = Path(smollm2())
     rows = []
 
-    def add(weights: str, model: Llama, made: float | None = None) -> None:
+    def add(weights: str, model: Llama) -> None:
         rows.append(
             {
                 "weights": weights,
@@ -49,7 +48,6 @@ def measure(quick):
                 "perplexity": perplexity(model, ids),
                 "windows": count,
                 "tokens_a_window": WINDOW,
-                "seconds_to_quantise": made,
             }
         )
 
@@ -60,11 +58,10 @@ def measure(quick):
         add("the file's, Q4_1", Llama.from_pretrained(file, activations=activations))
     for name, config in QUANTISED.items():
         with tempfile.TemporaryDirectory() as folder:
-            out, began = Path(folder) / "out", time.perf_counter()
+            out = Path(folder) / "out"
             format = FORMATS.get(config.method, "compressed-tensors")
             quantize(file, out, config, calibration=calibration, format=format)
-            made = time.perf_counter() - began
-            add(name, Llama.from_pretrained(out), made)
+            add(name, Llama.from_pretrained(out))
     for row in rows:
         row["over_float"] = row["perplexity"] / rows[0]["perplexity"] - 1
     return rows
