@@ -339,3 +339,14 @@ def test_dot_rounds_to_tf32_where_asked():
     _dot_kernel[(1,)](a, b, c, PRECISION="tf32")
     error = (c - exact).abs().max().item()
     assert 1e-5 < error < 1e-2  # 2^-11 of numbers near one
+
+
+def test_products_do_not_depend_on_the_tile():
+    """A BLAS's own may: another microkernel serves the rows and columns that a whole one leaves."""
+    from tilewright.lab.interpreter import _product
+
+    a, b = torch.randn(61, 130).numpy(), torch.randn(130, 67).numpy()
+    whole = _product(a, b, a.dtype)
+    assert whole.dtype == a.dtype
+    for rows, columns in ((1, 67), (16, 16), (61, 5), (7, 33)):
+        assert (_product(a[:rows], b[:, :columns], a.dtype) == whole[:rows, :columns]).all()

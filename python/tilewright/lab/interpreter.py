@@ -142,9 +142,10 @@ class _Builder(upstream.InterpreterBuilder):
             _state.memory.launch.dot_flops += 2 * left.size * right.shape[-1]
         with np.errstate(all="ignore"):
             if not _is_bf16(d):
-                out = np.matmul(left, right, dtype=d.data.dtype) + d.data
-                return upstream.TensorHandle(out, d.dtype.scalar)
-            out = np.matmul(left, right, dtype=np.float32) + widen(d.data)
+                return upstream.TensorHandle(
+                    _product(left, right, d.data.dtype) + d.data, d.dtype.scalar
+                )
+            out = _product(left, right, np.float32) + widen(d.data)
         return upstream.TensorHandle(narrow(out), tl.bfloat16)
 
     # programs
@@ -193,6 +194,14 @@ class _Builder(upstream.InterpreterBuilder):
     def create_atomic_cas(self, ptr: Any, *rest: Any) -> Any:
         self._watch("atomic", ptr, None)
         return super().create_atomic_cas(ptr, *rest)
+
+
+def _product(left: np.ndarray, right: np.ndarray, dtype: Any) -> np.ndarray:
+    """The matrix product, of float32 rounded once: a CPU's own rounds by the shape of the tile it is in, and
+    scores computed again in another tile would then not be the same."""
+    if dtype != np.float32:
+        return np.matmul(left, right, dtype=dtype)
+    return np.matmul(left, right, dtype=np.float64).astype(np.float32)
 
 
 def _argument(handle: Any) -> str | None:
