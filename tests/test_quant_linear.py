@@ -22,7 +22,7 @@ KINDS = ["symmetric", "zeros", "minima"]
 # row in two of them, groups of a dword
 SHAPES = [
     (0, 8, 64, 32),
-    (1, 1, 32, 32),
+    (1, 1, 4, 4),
     (1, 33, 96, 32),
     (3, 70, 192, 64),
     (8, 40, 256, 128),
