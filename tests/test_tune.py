@@ -154,7 +154,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {
         {"B": 5, "H": 2, "G": 1, "T": 70, "D": 64, "page": 70},
     ],
     "quant_linear": [
-        {"M": 3, "N": 40, "K": 384, "bits": 4},
+        {"M": 2, "N": 40, "K": 384, "bits": 4},
         {"M": 70, "N": 70, "K": 256, "bits": 8},
     ],
     "int8_linear": [{"M": 70, "N": 70, "K": 300}],
