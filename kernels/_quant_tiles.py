@@ -18,7 +18,7 @@ MOST_FEATURES = 32768  # features, from which more make no difference
 
 def is_gemv(dtype: torch.dtype, M: int) -> bool:
     """Whether M rows of x are multiplied without tensor cores: as many as take fewer instructions so, counted
-    in sm_90's code; of float32 tensor cores take three times as many."""
+    in sm_90's code; of float32 tensor cores take three products."""
     most = 8 if dtype == torch.float32 else 2
     return most >= M
 

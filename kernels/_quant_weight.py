@@ -22,7 +22,7 @@ def _codes(packed, opaque, LOW: tl.constexpr, BITS: tl.constexpr, LESS: tl.const
     """The code whose lowest bit is bit LOW of each of packed, less LESS: float32, exact.
 
     It becomes low bits of a float whose unit there is 1, and the rest of that float is taken away: a logical
-    and a floating-point instruction, where a conversion of integers runs at a quarter of the rate.  opaque is 0,
+    and a floating-point instruction, where a conversion of integers runs at a fraction of the rate.  opaque is 0,
     though the compiler does not know it: one instruction does not take two constants.
     """
     REST: tl.constexpr = 1 << (23 - LOW)

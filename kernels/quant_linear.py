@@ -275,7 +275,8 @@ def _dot(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _is_dense(way: Tunable, x: Tensor, bits: int, group: int, M: int, N: int, K: int) -> bool:
-    if M <= 8 or not N or not K or torch.are_deterministic_algorithms_enabled():
+    few = M <= 8  # as many as no choice is worth a look-up for
+    if few or not N or not K or torch.are_deterministic_algorithms_enabled():
         return False
     sizes = bucket(M, MOST_ROWS), bucket(N, MOST_FEATURES), bucket(K, MOST_FEATURES)
     return bool(way(x.device, x.dtype, bits, group, *sizes)["DENSE"])

@@ -1,5 +1,5 @@
 """csrc/cuda/*.cuh, which is also host code, gives the weight's product on a CPU: a thread for each of a
-block's, barriers and all.  test_compile.py holds what nvcc makes of the sources."""
+block's, barriers and all but its PTX.  test_compile.py holds what nvcc makes of the sources."""
 
 import ctypes
 import importlib
@@ -118,7 +118,7 @@ extern "C" void rows_on_host(const void* x, const uint8_t* q, const void* s, con
   a.kind == Float::BF16 ? rows<__nv_bfloat16>(a, warps) : rows<__half>(a, warps);
 }
 
-extern "C" uint32_t quotient(uint32_t n, uint32_t d) { return Divisor::of(d).quotient(n); }
+extern "C" uint32_t divided(uint32_t n, uint32_t d) { return quotient(n, Divisor::of(d)); }
 """
 
 
@@ -227,14 +227,14 @@ def test_not_finite(host, kind):
 
 
 def test_divisors_are_exact(host):
-    host.quotient.restype = ctypes.c_uint32
+    host.divided.restype = ctypes.c_uint32
     most = 2**21 // 32 - 1  # columns of a row, by 32s
     for d in (1, 2, 3, 4, 7, 100, 4095, 65521, most):
         ends = torch.arange(0, most + 1, d)
         for n in {*ends[:50].tolist(), *ends[-50:].tolist(), most}:
             for near in (n - 1, n, n + 1):
                 if 0 <= near <= most:
-                    assert host.quotient(near, d) == near // d, (near, d)
+                    assert host.divided(near, d) == near // d, (near, d)
 
 
 @pytest.fixture

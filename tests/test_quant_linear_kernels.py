@@ -20,8 +20,8 @@ INTERPRET, DEVICE, DTYPES, KINDS = (
 )
 weight, launch, launch_dgrad = launches.weight, launches.launch, launches.launch_dgrad
 expected, kernels = launches.expected, launches.kernels
-# (M, N, K, G): one row and, of float32, eight (GEMV), then the tiled kernel, and two; groups that fill a tile, that are
-# several tiles, that are no multiple of 32, and that are the row; odd N; several steps of each walk
+# (M, N, K, G): one row and, of float32, eight (GEMV), then the tiled kernel, and two; groups that fill a
+# tile, that are several tiles, that are no multiple of 32, and that are the row; odd N; several steps of each walk
 SHAPES = [
     (1, 1, 2, 1),
     (1, 19, 2112, 33),

@@ -180,8 +180,8 @@ def test_no_weight():
         assert launch_dgrad(torch.empty(0, 6, device=DEVICE), w).shape == (0, 64)
 
 
-# one row and, of float32, several without tensor cores; a tile and several with them, K shared out; G such that blocks of
-# 256 scales end within rows
+# one row and, of float32, several without tensor cores; a tile and several with them, K shared
+# out; G such that blocks of 256 scales end within rows
 @pytest.mark.parametrize(
     "shape", [(1, 70, 448, 7), (5, 70, 448, 7), (12, 70, 1024, 16), (70, 90, 320, 5)]
 )

@@ -38,8 +38,8 @@ bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 extern "C" cudaError_t tilewright_int4_rows(const tilewright::cuda::Int4Rows& given, cudaStream_t stream) {
   using namespace tilewright::cuda;
   Int4Rows a = given;
-  if (a.M < 1 || a.M > INT4_ROWS || a.N < 1 || a.K >= INT4_COLUMNS || a.K % 32 || a.group < 1 || a.group % 32 || a.K != a.group * a.G ||
-      !aligned(a.x) || !aligned(a.qweight))
+  if (a.M < 1 || a.M > INT4_ROWS || a.N < 1 || a.K >= INT4_COLUMNS || a.K % 32 || a.group < 1 ||
+      a.group % 32 || a.K != a.group * a.G || !aligned(a.x) || !aligned(a.qweight))
     return cudaErrorInvalidValue;
   a.of_group = Divisor::of(static_cast<uint64_t>(a.group / 32));
   switch (a.kind) {

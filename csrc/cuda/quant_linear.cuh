@@ -30,9 +30,13 @@
 namespace tilewright::cuda {
 
 constexpr int WARPS = 16;
-constexpr int TILES = 2;        // of 16 features a block, which share what x costs
+constexpr int TILES = 2;  // of 16 features a block, which share what x costs
 constexpr int FEATURES = 16 * TILES;
 constexpr int COLUMNS = 128;  // of w that a warp takes at once
+
+__host__ __device__ inline uint32_t quotient(uint32_t n, Divisor d) {
+  return static_cast<uint32_t>((n * d.inverse) >> 32);
+}
 
 // (word & mask) | rest, one instruction: ptxas makes two of an expression with two constants.
 __host__ __device__ inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t rest) {
@@ -243,7 +247,7 @@ __host__ __device__ inline void int4_rows(const On& on, const Int4Rows& a) {
         }
       }
       if (WIDE && i < 3) continue;  // its group goes on
-      const int64_t group = a.of_group.quotient(static_cast<uint32_t>(k + 32 * i) / 32);
+      const int64_t group = quotient(static_cast<uint32_t>(k + 32 * i) / 32, a.of_group);
 #pragma unroll
       for (int r = 0; r < TILES; ++r) {
 #pragma unroll

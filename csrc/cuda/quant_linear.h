@@ -9,17 +9,10 @@ namespace tilewright::cuda {
 
 enum class Float : int { F32 = 0, BF16 = 1, F16 = 2 };
 
-// n / d by a product: exact where n d < 2^32.
+// What divides by d: quotient(n, d), in quant_linear.cuh, exact where n d < 2^32.
 struct Divisor {
   uint64_t inverse;  // 2^32 / d, rounded up
   static constexpr Divisor of(uint64_t d) { return {((uint64_t{1} << 32) + d - 1) / d}; }
-#ifdef __CUDACC__
-  __host__ __device__
-#endif
-      uint32_t
-      quotient(uint32_t n) const {
-    return static_cast<uint32_t>((n * inverse) >> 32);
-  }
 };
 
 struct Int4Rows {
@@ -37,7 +30,7 @@ struct Int4Rows {
   bool offset_is_minimum;
 };
 
-constexpr int INT4_ROWS = 16;                    // M at most
+constexpr int INT4_ROWS = 16;                       // M at most
 constexpr int64_t INT4_COLUMNS = int64_t{1} << 21;  // K is below it: Divisor
 
 }  // namespace tilewright::cuda

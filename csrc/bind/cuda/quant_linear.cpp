@@ -38,7 +38,8 @@ at::Tensor linear_int4_rows(const at::Tensor& x, const at::Tensor& qweight, cons
                     "linear_int4_rows: x ", x.sizes(), ", qweight ", qweight.sizes(), " and scales ",
                     scales.sizes(), " must be 2-D");
   const int64_t M = x.size(0), K = x.size(1), N = qweight.size(0), G = scales.size(1);
-  TORCH_CHECK_VALUE(x.scalar_type() != at::kFloat, "linear_int4_rows: x must be bfloat16 or float16, not float32");
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf,
+                    "linear_int4_rows: x must be bfloat16 or float16, not ", x.scalar_type());
   TORCH_CHECK_VALUE(K < cuda::INT4_COLUMNS, "linear_int4_rows: ", K, " columns, fewer than ",
                     cuda::INT4_COLUMNS, " are taken");
   TORCH_CHECK_VALUE(qweight.scalar_type() == at::kByte && qweight.size(1) * 2 == K,

@@ -4,7 +4,8 @@
 
 - bfloat16 is right in arithmetic, reductions, scans, casts and tl.dot (upstream works on its bits as
   integers); float8 casts round to nearest even and saturate, as PTX's do; tl.dot rounds float32
-  operands to TF32 where the kernel asks for it;
+  operands to TF32 where the kernel asks for it, and its sums once, alike in every tile, as a GPU that adds
+  in the order of k does;
 - every address of a load, store or atomic lies in the storage of the argument it was made from;
 - no load reads memory that torch.empty gave out and nobody has written since;
 - no two programs store to one address, nor does one store what another loads, without an atomic;
