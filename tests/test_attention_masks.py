@@ -71,7 +71,7 @@ def ranges_of(name: str, B: int, S: int, T: int) -> tuple[Tensor, Tensor]:
 
 NAMES = ("padding", "documents", "prefix", "one_key", "backwards", "any")
 SHAPES = {  # B, H, G, S, T, D
-    "prefill": (2, 4, 1, 130, 150, 24),
+    "prefill": (2, 2, 1, 70, 150, 24),
     "decode": (3, 4, 2, 3, 150, 32),
 }
 

@@ -1,6 +1,7 @@
 """What the compilers make of every variant that kernels/*.py ships and of csrc/cuda/*.cu, without a
 GPU: no spills, shared memory within the smallest chip's limit, matrix instructions where there is a
-tl.dot, 16-byte loads, no wgmma held up.  sm_90; in the slow tests, every chip."""
+tl.dot, 16-byte loads, no wgmma held up.  sm_90; in the slow tests, every chip, and attention in float32, whose
+tl.dot is scalar code that takes minutes."""
 
 import functools
 import importlib
@@ -138,8 +139,8 @@ def page() -> ModuleType:
     return harness.load(ROOT / "benchmarks/kernels.py")
 
 
-def check(name: str, archs: tuple[int, ...], cache: Path) -> list[dict]:
-    done = run(name, "--arch", *map(str, archs), cache=cache)
+def check(name: str, archs: tuple[int, ...], cache: Path, *more: str) -> list[dict]:
+    done = run(name, "--arch", *map(str, archs), *more, cache=cache)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert rows, f"{name}: {done.stderr}"
     told = [
@@ -161,7 +162,8 @@ def assert_on_the_page(lines: list[str], told: list[str]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FILES if 90 in archs_of(name)])
 def test_compiles(name: str, tmp_path: Path):
-    lines = page().compiled_lines(check(name, (90,), tmp_path))
+    more = ("--bf16",) if name in ("attention", "_attention_bwd") else ()
+    lines = page().compiled_lines(check(name, (90,), tmp_path, *more))
     told = page().PAGE.read_text().splitlines()
     assert_on_the_page(lines, [page().of_hopper(line) for line in told])
 

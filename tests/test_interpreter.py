@@ -350,3 +350,21 @@ def test_products_do_not_depend_on_the_tile():
     assert whole.dtype == a.dtype
     for rows, columns in ((1, 67), (16, 16), (61, 5), (7, 33)):
         assert (_product(a[:rows], b[:, :columns], a.dtype) == whole[:rows, :columns]).all()
+
+
+def test_one_block_type_of_a_kind():
+    """lab/_quick.py: equal types are one, unequal ones stay apart, and what upstream refuses is refused."""
+    one, same = tl.block_type(tl.float32, [4, tl.constexpr(8)]), tl.block_type(tl.float32, [4, 8])
+    pointer = tl.block_type(tl.pointer_type(tl.float32), [4, 8])
+    elsewhere = tl.block_type(tl.pointer_type(tl.float32, 3), [4, 8])
+    others = [
+        tl.block_type(tl.float32, [8, 4]),
+        tl.block_type(tl.int32, [4, 8]),
+        pointer,
+        elsewhere,
+    ]
+    assert one is same and all(one != other for other in others) and pointer != elsewhere
+    assert [int(size) for size in tl.tensor(None, one).shape] == [4, 8]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="power of 2"):
+            tl.block_type(tl.float32, [3])

@@ -276,8 +276,11 @@ def _demangled(name: str) -> str:
     return re.sub(r"^void |\([^()]*\)$", "", re.sub(r"\(\w+\)(?=\d)|\(bool\)(?=\d)", "", text))
 
 
-def built(names: Sequence[str], archs: Sequence[int]) -> Iterator[Built]:
-    """Every variant of the named kernel files, and kernel of CUDA sources, on each architecture."""
+def built(names: Sequence[str], archs: Sequence[int], bf16: bool = False) -> Iterator[Built]:
+    """Every variant of the named kernel files, and kernel of CUDA sources, on each architecture.
+
+    bf16: of the kernel files' variants those alone that take bfloat16.
+    """
     for name in names:
         if name.endswith(".cu"):
             for arch in archs:
@@ -285,6 +288,8 @@ def built(names: Sequence[str], archs: Sequence[int]) -> Iterator[Built]:
             continue
         kernels = importlib.import_module(f"tilewright.kernels.{name}")
         for variant in kernels.variants():
+            if bf16 and "*bf16" not in variant[1].values():
+                continue
             for arch in archs:
                 if arch in getattr(kernels, "ARCHS", archs):
                     yield build(name, variant, arch)
@@ -330,6 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tilewright.lab.compile", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="FILE", help="of kernels/; default: all")
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 100], choices=list(CHIPS))
+    parser.add_argument("--bf16", action="store_true", help="variants that take bfloat16 alone")
     parser.add_argument("--table", action="store_true", help="Markdown instead of JSON lines")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -339,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no kernels/{unknown[0]}.py with variants(); there are {', '.join(there)}")
     rows = []
-    for row in built(options.names or there, options.arch):
+    for row in built(options.names or there, options.arch, options.bf16):
         rows.append(row)
         if not options.table:
             print(json.dumps(asdict(row)), flush=True)

@@ -31,6 +31,7 @@ from triton.runtime import interpreter as upstream
 from triton.runtime.jit import mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tilewright.lab import _quick
 from tilewright.lab._floats import FLOAT8, narrow, tf32, to_float8, to_float32, widen
 from tilewright.lab._memory import Allocations, KernelFault, Launch, Memory, watching_allocations
 
@@ -50,7 +51,7 @@ class _State:
         self.most: int | None = None  # programs of a launch that run; None: all
         self.grid = (0, 0, 0)
         self.order = np.zeros(0, np.int64)  # the programs that run, by number
-        self.patched: set[frozenset[Any]] = set()
+        self.patched: set[frozenset[int]] = set()
 
 
 _state = _State()
@@ -341,9 +342,14 @@ class _Nothing:
 def _patched_once(original: Callable) -> Callable:
     """Upstream patches triton.language at each call of a device function; once will do."""
 
+    modules = (id(tl), id(tl.core))
+    known: set[Any] = set()
+
     def patch(fn: Any) -> Any:
-        modules = (tl, tl.core)
-        seen = frozenset(id(m) for m in fn.__globals__.values() if any(m is k for k in modules))
+        if fn in known:
+            return _Nothing()
+        known.add(fn)
+        seen = frozenset(id(m) for m in fn.__globals__.values() if id(m) in modules)
         if seen not in _state.patched:
             original(fn)  # never restored: this process interprets, and does nothing else
             _state.patched.add(seen)
@@ -386,6 +392,7 @@ def install() -> None:
     executor.__call__ = _watched_call(executor.__call__)
     executor._init_args_hst = _watched_arguments(executor._init_args_hst)
     upstream._patch_lang = _patched_once(upstream._patch_lang)
+    _quick.install(builder)
     for kind in (upstream.ReduceOps, upstream.ScanOps):
         kind.apply_impl = _sound_apply(kind.apply_impl)
 
