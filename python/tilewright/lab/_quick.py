@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as upstream
 
 BLOCK, POINTER, TENSOR = tl.core.block_type, tl.core.pointer_type, tl.core.tensor
@@ -44,20 +45,28 @@ def _itself_first(kind: Any, equal: Callable) -> None:
     kind.__eq__ = lambda self, other: equal(True) if self is other else original(self, other)
 
 
-def _tensors_of_a_block_type() -> None:
+def _tensors_of_a_type() -> None:
     original = TENSOR.__init__
+    known: dict[int, dict[str, Any]] = {}  # by the type's identity: what is lent holds the type
 
     def init(self: Any, handle: Any, type: Any) -> None:
-        lent = vars(type).get("_lent")
+        lent = known.get(id(type))
         if lent is None:
             original(self, handle, type)
-            if isinstance(type, BLOCK):
-                type._lent = {name: value for name, value in vars(self).items() if name != "handle"}
+            if not isinstance(type, POINTER):  # made anew for each argument
+                known[id(type)] = {k: v for k, v in vars(self).items() if k != "handle"}
         else:
             vars(self).update(lent)
             self.handle = handle
 
     TENSOR.__init__ = init
+
+
+def _nothing_to_broadcast() -> None:
+    original = TritonSemantic.broadcast_impl_value
+    TritonSemantic.broadcast_impl_value = lambda self, lhs, rhs: (
+        (lhs, rhs) if lhs.type is rhs.type else original(self, lhs, rhs)
+    )
 
 
 def _numpy_types() -> None:
@@ -81,7 +90,8 @@ def install(builder: Any) -> None:
     for kind in (tl.core.dtype, BLOCK, POINTER):
         _itself_first(kind, bool)
     _itself_first(tl.core.tuple, tl.constexpr)
-    _tensors_of_a_block_type()
+    _tensors_of_a_type()
+    _nothing_to_broadcast()
     _numpy_types()
     # without `debug` upstream works out each integer's overflow and drops it
     if not builder.options.debug:
