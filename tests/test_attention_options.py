@@ -68,9 +68,8 @@ def assert_matches(name: str, inputs, options: dict, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_matches_reference(shape, options, dtype, device):
     if shape == SHAPES["blind_rows"]:
-        torch.manual_seed(
-            24
-        )  # of thirty draws one where no row of a key and a sink all but cancels
+        # of thirty draws one where no row of a key and a sink all but cancels
+        torch.manual_seed(24)
     assert_matches("attention_with_lse", drawn(device, shape), options, dtype)
 
 
