@@ -50,6 +50,16 @@ def test_ties_go_to_even(dtype, device):
     assert torch.equal(ops.int8_rows(x).codes, wanted) and ops.int8_rows(x).scales.item() == 1
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("K", [1, 40, 70, 96, 4096])
+def test_a_tile_is_as_wide_as_a_matrix_instruction(K):
+    """Of 32 columns at least, which the interpreter does not ask for."""
+    from tilewright.kernels import int8_linear
+
+    config = int8_linear._fitted({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128}, K)
+    assert config["BLOCK_K"] >= 32 and not (config["FULL"] and K % config["BLOCK_K"])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("column", [0, 39, 4999])
 def test_rows_that_are_not_finite(value, column, dtype, device):

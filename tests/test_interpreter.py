@@ -352,6 +352,24 @@ def test_products_do_not_depend_on_the_tile():
         assert (_product(a[:rows], b[:, :columns], a.dtype) == whole[:rows, :columns]).all()
 
 
+@triton.jit
+def _extremes_kernel(x_ptr, y_ptr, high_ptr, low_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x, y = tl.load(x_ptr + i), tl.load(y_ptr + i)
+    tl.store(high_ptr + i, tl.maximum(x, y))
+    tl.store(low_ptr + i, tl.minimum(x, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maximum_and_minimum_lose_nan(dtype):
+    nan = float("nan")
+    x, y = (torch.tensor(v, dtype=dtype) for v in ([nan, 1.0, nan, -2.0], [3.0, nan, nan, 5.0]))
+    high, low = torch.empty_like(x), torch.empty_like(x)
+    _extremes_kernel[(1,)](x, y, high, low, BLOCK=4)
+    assert torch.equal(high.nan_to_num(7), torch.tensor([3.0, 1.0, 7.0, 5.0], dtype=dtype))
+    assert torch.equal(low.nan_to_num(7), torch.tensor([3.0, 1.0, 7.0, -2.0], dtype=dtype))
+
+
 def test_one_block_type_of_a_kind():
     """lab/_quick.py: equal types are one, unequal ones stay apart, and what upstream refuses is refused."""
     one, same = tl.block_type(tl.float32, [4, tl.constexpr(8)]), tl.block_type(tl.float32, [4, 8])

@@ -5,7 +5,7 @@
 - bfloat16 is right in arithmetic, reductions, scans, casts and tl.dot (upstream works on its bits as
   integers); float8 casts round to nearest even and saturate, as PTX's do; tl.dot rounds float32
   operands to TF32 where the kernel asks for it, and its sums once, alike in every tile, as a GPU that adds
-  in the order of k does;
+  in the order of k does; tl.maximum and tl.minimum lose nan, as PTX's max and min do;
 - every address of a load, store or atomic lies in the storage of the argument it was made from;
 - no load reads memory that torch.empty gave out and nobody has written since;
 - no two programs store to one address, nor does one store what another loads, without an atomic;
@@ -100,6 +100,12 @@ class _Builder(upstream.InterpreterBuilder):
         if not _is_bf16(arg):
             return super().create_erf(arg)
         return upstream.TensorHandle(self._wide(upstream.np_erf_fp32, arg), tl.bfloat16)
+
+    def create_maxnumf(self, lhs: Any, rhs: Any) -> Any:
+        return self.binary_op(lhs, rhs, np.fmax)
+
+    def create_minnumf(self, lhs: Any, rhs: Any) -> Any:
+        return self.binary_op(lhs, rhs, np.fmin)
 
     def create_rsqrt(self, arg: Any) -> Any:
         return self.unary_op(arg, lambda x: 1 / np.sqrt(x))
