@@ -84,8 +84,35 @@ def _numpy_types() -> None:
     upstream._get_np_dtype = get
 
 
+class _Nothing:
+    def restore(self) -> None:
+        pass
+
+
+def _patched_once() -> None:
+    """Upstream patches triton.language at each call of a device function; once will do."""
+    original = upstream._patch_lang
+    modules = (id(tl), id(tl.core))
+    functions: set[Any] = set()
+    patched: set[frozenset[int]] = set()
+
+    def patch(fn: Any) -> Any:
+        if fn in functions:
+            return _Nothing()
+        functions.add(fn)
+        seen = frozenset(id(m) for m in fn.__globals__.values() if id(m) in modules)
+        if seen not in patched:
+            original(fn)  # never restored: this process interprets, and does nothing else
+            patched.add(seen)
+            TENSOR.__index__ = lambda self: int(self.handle.data.item())
+        return _Nothing()
+
+    upstream._patch_lang = patch
+
+
 def install(builder: Any) -> None:
     """Once a process."""
+    _patched_once()
     _one_of_each_block_type()
     for kind in (tl.core.dtype, BLOCK, POINTER):
         _itself_first(kind, bool)

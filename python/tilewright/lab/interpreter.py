@@ -51,7 +51,6 @@ class _State:
         self.most: int | None = None  # programs of a launch that run; None: all
         self.grid = (0, 0, 0)
         self.order = np.zeros(0, np.int64)  # the programs that run, by number
-        self.patched: set[frozenset[int]] = set()
 
 
 _state = _State()
@@ -340,31 +339,6 @@ def _watched_arguments(original: Callable) -> Callable:
     return call
 
 
-class _Nothing:
-    def restore(self) -> None:
-        pass
-
-
-def _patched_once(original: Callable) -> Callable:
-    """Upstream patches triton.language at each call of a device function; once will do."""
-
-    modules = (id(tl), id(tl.core))
-    known: set[Any] = set()
-
-    def patch(fn: Any) -> Any:
-        if fn in known:
-            return _Nothing()
-        known.add(fn)
-        seen = frozenset(id(m) for m in fn.__globals__.values() if id(m) in modules)
-        if seen not in _state.patched:
-            original(fn)  # never restored: this process interprets, and does nothing else
-            _state.patched.add(seen)
-            tl.core.tensor.__index__ = lambda self: int(self.handle.data.item())
-        return _Nothing()
-
-    return patch
-
-
 def _sound_apply(original: Callable) -> Callable:
     """Reductions and scans of bfloat16, in float32 and rounded once."""
 
@@ -397,7 +371,6 @@ def install() -> None:
     executor = upstream.GridExecutor
     executor.__call__ = _watched_call(executor.__call__)
     executor._init_args_hst = _watched_arguments(executor._init_args_hst)
-    upstream._patch_lang = _patched_once(upstream._patch_lang)
     _quick.install(builder)
     for kind in (upstream.ReduceOps, upstream.ScanOps):
         kind.apply_impl = _sound_apply(kind.apply_impl)
