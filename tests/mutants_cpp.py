@@ -223,7 +223,7 @@ CHANGES: list[tuple] = [
         ("  if (!(scale >= 0x1p-126f)) return {0.f, 0.f};", ""),
         ("max(v, set1(0.f) - v)", "v"),
         ("round_nearest(x * inverse)", "x * inverse - set1(0.25f)"),
-        ("    store_codes(last, x(j, int(n - j)), inverse);", "    store_codes(last, x(j - j % 2, int(n - j)), inverse);"),
+        ("    store_codes(last, x(j, int(n - j)), inverse);", "    store_codes(last, x(0, int(n - j)), inverse);"),
     ),
     (
         "int8_linear.cpp",
