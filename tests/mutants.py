@@ -193,7 +193,7 @@ TRITON = [
         ("    begins = begin.flip(1).cummin(1).values.flip(1)", "    begins = begin.contiguous()"),
         ("begin, end = tl.min(earliest, 0) //", "begin, end = tl.min(tl.where(cols < T, earliest, 0) + 20, 0) //"),
         ("* BLOCK_M, tl.max(latest, 0)", "* BLOCK_M, tl.min(latest, 0)"),
-        ("        still = (many <= 1) & (not HAS_SINKS)", "        still = many < 0"),
+        ("        still = (many <= 1) & (not HAS_SINKS)", "        still = (many <= 2) & (not HAS_SINKS)"),
         ("        dp = undropped(dp * kept_share(dropout), words, cols, dropout, False, DROPOUT)", "        dp = dp * kept_share(dropout)"),
         ("    dv = tl.dot(kept.to(dout.dtype)", "    dv = tl.dot(p.to(dout.dtype)"),
         ("        dp = tl.where(kept == 0, 0.0, dp * kept_share(dropout))", "        dp = dp * kept_share(dropout)"),

@@ -103,10 +103,11 @@ def test_head_dims(D, device):
 
 @pytest.mark.parametrize("S", [3, 60], ids=["decode", "blocked"])
 def test_holes(S, dtype, device):
-    """What ranges cannot say: -inf anywhere; a row of nothing else; one key; below -2.36e38."""
+    """What ranges cannot say: -inf anywhere; a row of nothing else; one key; two; below -2.36e38."""
     seen = torch.rand(2, 1, S, 70, device=device) > 0.6
     seen[0, 0, 1] = False
-    seen[1, 0, 2] = False
+    seen[1, 0, 1:3] = False
+    seen[1, 0, 1, [3, 50]] = True
     seen[1, 0, 2, 40] = True
     bias = masks.additive(seen)
     assert bias.dtype == torch.float32 and bias.requires_grad is False

@@ -4,9 +4,10 @@ run in the interpreter, those of the C++ kernels natively, at the level in use.
 mutants.py lists them: a file, a text in it (found once) and what replaces it.  That the texts are there is tested
 always, the mutants themselves in the slow tests.  killers.json says which test killed each the last time: it
 is tried first, and where it passes or is no more, the op's tests all.  TILEWRIGHT_KILLERS=FILE notes there
-what killed whom, and `python tests/mutants.py FILE` keeps it.
+what killed whom, and `python tests/mutants.py FILE` keeps it.  A new killer must pass without the mutant.
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -68,32 +69,50 @@ def mutated(mutant: tuple, folder: Path) -> Path:
     return path
 
 
-def note(key: str, told: str) -> None:
-    """The test that failed, for killers.json."""
-    killer = re.search(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", told, re.MULTILINE)
-    if "TILEWRIGHT_KILLERS" in os.environ and killer:
-        with open(os.environ["TILEWRIGHT_KILLERS"], "a") as file:
-            file.write(f"{key}\t{killer[1]}\n")
-
-
-def assert_killed(mutant: tuple, folder: Path, suites: list[list[str]], **mode: str) -> None:
-    """One of these choices of tests fails on the package under `folder`."""
+def run(wanted: list[str], package: Path, mode: dict[str, str]) -> subprocess.CompletedProcess:
+    """These tests on the package under `package`, to the first that fails."""
     clean = {
         k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TILEWRIGHT_CPU_ISA")
     }
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *wanted],
+        env=clean | {"PYTHONPATH": str(package), "TILEWRIGHT_SHUFFLE": "1"} | mode,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@functools.cache
+def failures_without(test: str, mode: tuple[tuple[str, str], ...]) -> str:
+    """What pytest says of a test that fails on the package as it is, and so kills nothing."""
+    done = run([test], PACKAGE.parent, dict(mode))
+    return done.stdout[-2000:] if done.returncode == 1 else ""
+
+
+def note(key: str, killer: str) -> None:
+    """The test that failed, for killers.json."""
+    if "TILEWRIGHT_KILLERS" in os.environ:
+        with open(os.environ["TILEWRIGHT_KILLERS"], "a") as file:
+            file.write(f"{key}\t{killer}\n")
+
+
+def assert_killed(mutant: tuple, folder: Path, suites: list[list[str]], **mode: str) -> None:
+    """One of these choices of tests fails on the package under `folder`; on ours a new one passes."""
     told, key = "", LISTED.key(mutant)
     last = [[KILLERS[key]]] if key in KILLERS else []
     for wanted in last + suites:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *wanted],
-            env=clean | {"PYTHONPATH": str(folder), "TILEWRIGHT_SHUFFLE": "1"} | mode,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        done = run(wanted, folder, mode)
         told += done.stdout[-2000:] + done.stderr[-2000:]
         if done.returncode == 1 or done.returncode < 0:  # below nought: by a signal
-            note(key, done.stdout)
+            killer = re.search(
+                r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", done.stdout, re.MULTILINE
+            )
+            if killer:
+                if wanted not in last:
+                    unmutated = failures_without(killer[1], tuple(sorted(mode.items())))
+                    assert not unmutated, f"{killer[1]} fails without the mutant:\n{unmutated}"
+                note(key, killer[1])
             return
         passed = (0, NOTHING_CHOSEN, *([NO_SUCH_TEST] if wanted in last else []))
         assert done.returncode in passed, told
