@@ -37,6 +37,7 @@ SHAPES = {  # as `tilewright inspect` takes them
     "attention_varlen": ("4x4x2x64x128",),
     "quant_linear": ("1x512x512x4", "64x512x512x4", "64x512x512x8"),
     "int8_linear": ("64x512x512",),
+    "moe_route": ("64x128x8", "64x256x8,grouped=1"),
 }
 TRAFFIC = ("op", "pass", "sizes", "least bytes", "distinct", "loaded", "stored", "FLOPs of dots")
 COMPILED = ("kernel", "types", "constants", "registers", "spills", "shared KiB", "warps", "matrix",

@@ -67,6 +67,11 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
         )
         return rows.dequantize() + h
 
+    def replayed(x: Tensor) -> Tensor:
+        """The weights of ids that are as far apart as x's rows."""
+        ids = torch.tensor([[0, 9], [-1, 63], [5, 5]])
+        return ops.moe_route(wide, 2, ids=ids if x.is_contiguous() else far_apart(ids, 0))[0]
+
     return {
         "rms_norm": (lambda x: ops.rms_norm(x, weight), row, 0),
         "add_rms_norm": (lambda x: ops.add_rms_norm(x, wide, weight)[0], row, 0),
@@ -87,6 +92,8 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
         "int8_rows": (lambda x: ops.int8_rows(x.detach()).dequantize() + 0 * x.sum(), row, 0),
         "rms_norm_int8": (lambda x: normed(x) + 0 * x.sum(), row, 0),
         "rms_norm_int8 residual": (lambda x: normed(wide, x) + 0 * x.sum(), row, 0),
+        "moe_route": (lambda x: ops.moe_route(x, 4)[0], row, 0),
+        "moe_route ids": (lambda x: replayed(x) + 0 * x.sum(), row, 0),
         "attention q": (lambda x: ops.attention(x, kv, kv), q, 2),
         "attention k": (lambda x: ops.attention(q, x, kv), kv, 2),
         "attention v": (lambda x: ops.attention(q, kv, x), kv, 2),
@@ -176,7 +183,7 @@ NAMES = (
     "attention batch", "merge_attention out", "attention_decode page", "attention_decode key", "attention_decode_append_ page",
     "attention_decode heads", "attention_decode_append_ heads", "attention_decode_append_ value heads",
     "attention_decode_with_lse q",
-    "attention_with_lse k", "attention_varlen q", "attention_varlen_with_lse k",
+    "attention_with_lse k", "attention_varlen q", "attention_varlen_with_lse k", "moe_route", "moe_route ids",
 )  # fmt: skip
 
 

@@ -74,6 +74,7 @@ def test_every_op_is_inspected(backward):
         "quant_linear": "4x64x64x4",
         "int8_linear": "4x64x64",
         "rms_norm_int8": "4x64",
+        "moe_route": "4x16x2,grouped=1",
         "attention": "1x2x1x32x32x64",
         "attention_decode": "2x2x1x32x64x16",
         "attention_varlen": "2x2x1x32x64",

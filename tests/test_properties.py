@@ -100,8 +100,26 @@ def rope(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
     return [laid_out(draw, (B, H, S, D)), angles.cos(), angles.sin()], kwargs
 
 
+def moe_route(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
+    groups = draw(st.sampled_from([1, 1, 2, 5]))
+    size = draw(st.sampled_from([1, 3, 8, 13]))
+    group_k, k = draw(st.integers(1, groups)), draw(st.integers(1, size))
+    E = groups * size
+    shape = (*draw(st.lists(SIZES, max_size=2)), E)
+    kwargs: dict[str, Any] = {"groups": groups, "group_k": group_k}
+    kwargs["scores"] = draw(st.sampled_from(["softmax", "sigmoid"]))
+    kwargs["bias"] = laid_out(draw, (E,), alike=False).detach() if draw(st.booleans()) else None
+    kwargs["scale"], kwargs["renormalise"] = 2.5, draw(st.booleans())
+    # of one expert, or of experts alike, the weights sum to 1 whatever the logits: the gradient is 0, and what is
+    # left of it there is luck, eager's too
+    alike = k == 1 and kwargs["renormalise"]
+    logits = laid_out(draw, shape, alike=False)
+    return [logits.detach() if alike else logits, k], kwargs
+
+
 OPS: dict[str, Callable] = {
     "rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "swiglu": swiglu, "geglu": geglu, "rope": rope,
+    "moe_route": moe_route,
 }  # fmt: skip
 
 
@@ -315,6 +333,7 @@ def test_gradients_in_float64(op: str):
         "swiglu": (double(3, 5), double(3, 5)),
         "geglu": (double(3, 6),),
         "rope": (double(1, 2, 3, 4), tables.cos(), tables.sin()),
+        "moe_route": (double(3, 7), 3),
     }
     assert torch.autograd.gradcheck(getattr(ops, op), inputs[op])
 

@@ -129,7 +129,20 @@ def norm_int8_loads(e: int, *, M: int, N: int) -> int:
     return 8 * M * N * e if N > WHOLE_FWD else norm_loads(2)(e, M=M, N=N)
 
 
+def route_rows(T: int, E: int) -> int:
+    """Rows of a program."""
+    from tilewright.kernels.moe_route import FWD
+
+    return FWD.heuristic(power(T), max(16, power(E)))["BLOCK_M"]
+
+
+def route_loads(e: int, *, T: int, E: int, K: int, grouped: bool = False) -> int:
+    """Logits once, the bias once a block of rows."""
+    return T * E * e + (ceil(T / route_rows(T, E)) * 4 * E if grouped else 0)
+
+
 NORM = ({"M": 5, "N": 96}, {"M": 70, "N": 33}, {"M": 2, "N": 20000})
+ROUTE = ({"T": 70, "E": 60, "K": 4}, {"T": 5, "E": 128, "K": 8, "grouped": True})
 GLU = (
     {"rows": 5, "width": 96, "packed": False},
     {"rows": 3, "width": 1500, "packed": True},
@@ -190,6 +203,7 @@ CASES = {
         int8_flops,
     ),
     "rms_norm_int8": (NORM, norm_int8_loads, None),
+    "moe_route": (ROUTE, route_loads, None),
 }
 # four bytes that a forward tells of its rows, or is told: how many
 TOLD = {
@@ -280,6 +294,12 @@ def int8_backward(e: int, *, M: int, N: int, K: int) -> tuple[int, int, int, int
     return 0, loaded, M * K * e, 2 * rows * outputs * tiles * t["BLOCK_K"]
 
 
+def route_backward(
+    e: int, *, T: int, E: int, K: int, grouped: bool = False
+) -> tuple[int, int, int, int]:
+    return 0, T * E * e + 12 * T * K, T * E * e, 0
+
+
 BACKWARD: dict[str, tuple[tuple[dict[str, Any], ...], Callable[..., tuple[int, int, int, int]]]]
 BACKWARD = {
     "rms_norm": (NORM[:2], norm_backward(2)),
@@ -289,6 +309,7 @@ BACKWARD = {
     "rope": (CASES["rope"][0], rope_backward),
     "quant_linear": (CASES["quant_linear"][0], quant_backward),
     "int8_linear": (CASES["int8_linear"][0], int8_backward),
+    "moe_route": (ROUTE, route_backward),
     "attention": (CASES["attention"][0], attention.attention_backward),
     "attention_varlen": (CASES["attention_varlen"][0], attention.varlen_backward),
 }

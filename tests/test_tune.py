@@ -34,6 +34,7 @@ KEYS: dict[str, tuple[tuple, ...]] = {  # the values each part of a key takes
     "rows": (1, 64, 1 << 18),
     "BLOCK_N": (1, 16, 128, 1024, 4096),
     "BLOCK_D": (16, 32, 64, 128, 256),
+    "BLOCK_E": (16, 64, 128, 512, 1024),
     "D": (64, 80, 128, 256),
     "R": (32, 64),
     "dtype": (BF16, FP32),
@@ -159,6 +160,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     ],
     "int8_linear": [{"M": 70, "N": 70, "K": 300}],
     "rms_norm_int8": [{"M": 37, "N": 200}, {"M": 2, "N": 17000}],
+    "moe_route": [{"T": 37, "E": 60, "K": 4}],
 }
 
 

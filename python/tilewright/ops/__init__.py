@@ -10,6 +10,7 @@ from tilewright.ops.attention_decode import (
 from tilewright.ops.attention_varlen import attention_varlen, attention_varlen_with_lse
 from tilewright.ops.geglu import geglu
 from tilewright.ops.int8_linear import int8_linear, int8_rows
+from tilewright.ops.moe_route import moe_route
 from tilewright.ops.quant_linear import quant_linear
 from tilewright.ops.rms_norm import rms_norm
 from tilewright.ops.rms_norm_int8 import rms_norm_int8
@@ -29,6 +30,7 @@ __all__ = [
     "int8_linear",
     "int8_rows",
     "merge_attention",
+    "moe_route",
     "quant_linear",
     "rms_norm",
     "rms_norm_int8",

@@ -10,6 +10,7 @@ from tilewright.reference.attention_decode import (
 from tilewright.reference.attention_varlen import attention_varlen, attention_varlen_with_lse
 from tilewright.reference.geglu import geglu
 from tilewright.reference.int8_linear import int8_linear, int8_rows
+from tilewright.reference.moe_route import moe_route
 from tilewright.reference.quant_linear import quant_linear
 from tilewright.reference.rms_norm import rms_norm
 from tilewright.reference.rms_norm_int8 import rms_norm_int8
@@ -29,6 +30,7 @@ __all__ = [
     "int8_linear",
     "int8_rows",
     "merge_attention",
+    "moe_route",
     "quant_linear",
     "rms_norm",
     "rms_norm_int8",
