@@ -102,9 +102,14 @@ def extension():
 
 def build_command():
     class Build(cpp_extension.BuildExtension):
+        def finalize_options(self):
+            # an editable install's own folder is removed after it, and all would be compiled again
+            self.build_temp = self.build_temp or str(ROOT / "build/temp")
+            super().finalize_options()
+
         def run(self):
             try:
-                units = unit_objects(ROOT / self.build_temp / "units")
+                units = unit_objects(Path(self.build_temp).resolve() / "units")
                 for ext in self.extensions:
                     ext.extra_objects = units
                 super().run()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+from filelock import FileLock  # torch needs it
 
 from tilewright import _native
 
@@ -49,10 +50,13 @@ def setup_py() -> dict:
 
 @pytest.fixture(scope="session")
 def objects(setup_py: dict) -> dict[str, list[Path]]:
-    """Level -> its objects, brought up to date in the folder the last build used."""
-    folder = next(ROOT.glob("build/temp*/units"), ROOT / "build/units")
+    """Level -> its objects, brought up to date where setup.py has them."""
+    folder = ROOT / "build/temp/units"
     by_level: dict[str, list[Path]] = {level: [] for level in ("base", *LEVELS)}
-    for name in setup_py["unit_objects"](folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(ROOT / "build/objects.lock"):  # test_mutants.py builds there too
+        made = setup_py["unit_objects"](folder)
+    for name in made:
         by_level[name.split(".")[-2]].append(Path(name))
     return by_level
 
