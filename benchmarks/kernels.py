@@ -38,7 +38,11 @@ SHAPES = {  # as `tilewright inspect` takes them
     "quant_linear": ("1x512x512x4", "64x512x512x4", "64x512x512x8"),
     "int8_linear": ("64x512x512",),
     "moe_route": ("64x128x8", "64x256x8,grouped=1"),
+    "moe_dispatch": ("64x128x8",),
+    "moe_combine": ("64x8x512",),
+    "moe_experts": ("64x8x2x256x128",),
 }
+FORWARD_ONLY = ("attention_decode", "moe_dispatch", "rms_norm_int8")
 TRAFFIC = ("op", "pass", "sizes", "least bytes", "distinct", "loaded", "stored", "FLOPs of dots")
 COMPILED = ("kernel", "types", "constants", "registers", "spills", "shared KiB", "warps", "matrix",
             "16-byte loads")  # fmt: skip
@@ -52,8 +56,9 @@ every line: `tests/test_traffic.py` counts again, `tests/test_compile.py` compil
 
 In bfloat16, counted by the interpreter, in bytes. The least is what the mathematics needs (each
 benchmark's `cost` and `backward_cost`). Distinct bytes are each launch's own, summed: they exceed the
-least by what the forward keeps for the backward, by sums of dw not yet added up, and by what both of
-attention's backward kernels read; nothing else. Loads beyond them are read again, from the cache where
+least by what the forward keeps for the backward, by sums of dw not yet added up, by what both of
+attention's backward kernels read, and by what moe_dispatch's and moe_experts' launches leave each other;
+nothing else. Loads beyond them are read again, from the cache where
 they fit. FLOPs of dots are those of the matrix units, in percent of what the mathematics needs.
 
 {traffic}
@@ -104,7 +109,7 @@ def cases() -> list[tuple[str, str, bool]]:
         for op, shapes in SHAPES.items()
         for shape in shapes
         for backward in (False, True)
-        if not (backward and (shape == DECODE or op in ("attention_decode", "rms_norm_int8")))
+        if not (backward and (shape == DECODE or op in FORWARD_ONLY))
     ]
 
 

@@ -110,7 +110,7 @@ def _moe_route_fwd_kernel(
     for j in range(TOP_K):
         if HAS_IDS:
             i = tl.load(given_ptr + rows * stride_g + j, mask=mask_m, other=-1)
-            hit = cols == i[:, None]  # none where i is no expert's
+            hit = (cols == i[:, None]) & (cols < E)  # none where i is no expert's
         else:
             i = _best(ranks, BLOCK_E)
             hit = cols == i[:, None]
@@ -150,7 +150,7 @@ def _moe_route_bwd_kernel(
     for j in range(TOP_K):
         i = tl.load(ids_ptr + rows * TOP_K + j, mask=mask_m, other=-1)
         g = tl.load(dweights_ptr + rows * stride_dm + j, mask=mask_m, other=0.0).to(tl.float32)
-        hit = cols == i[:, None]
+        hit = (cols == i[:, None]) & (cols < E)
         ds += tl.where(hit, g[:, None], 0.0)
         if RENORMALISE:
             taken += tl.where(hit, 1.0, 0.0)

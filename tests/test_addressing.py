@@ -72,6 +72,16 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
         ids = torch.tensor([[0, 9], [-1, 63], [5, 5]])
         return ops.moe_route(wide, 2, ids=ids if x.is_contiguous() else far_apart(ids, 0))[0]
 
+    def placed_by(x: Tensor) -> Tensor:
+        """Where ids are placed that are as far apart as x's rows."""
+        ids = torch.tensor([[0, 9], [-1, 63], [5, 5]])
+        return ops.moe_dispatch(ids if x.is_contiguous() else far_apart(ids, 0), 64).rows
+
+    placed = ops.moe_dispatch(torch.tensor([[2], [0], [2]]), 3)
+    shares = torch.rand(3, 1), placed
+    one = torch.rand(3, 1), ops.moe_dispatch(torch.zeros(3, 1, dtype=torch.int64), 1)
+    w13, w2 = draw(3, 12, 64), draw(3, 64, 6)
+
     return {
         "rms_norm": (lambda x: ops.rms_norm(x, weight), row, 0),
         "add_rms_norm": (lambda x: ops.add_rms_norm(x, wide, weight)[0], row, 0),
@@ -94,6 +104,16 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
         "rms_norm_int8 residual": (lambda x: normed(wide, x) + 0 * x.sum(), row, 0),
         "moe_route": (lambda x: ops.moe_route(x, 4)[0], row, 0),
         "moe_route ids": (lambda x: replayed(x) + 0 * x.sum(), row, 0),
+        "moe_dispatch": (lambda x: placed_by(x).sum() + 0 * x.sum(), row, 0),
+        "moe_experts x": (lambda x: ops.moe_experts(x, *shares, w13, w2), row, 0),
+        "moe_experts w13": (lambda w: ops.moe_experts(wide, *shares, w, w2), w13, 0),
+        "moe_experts w2 rows": (
+            lambda w: ops.moe_experts(wide[:, :3], *one, w13[:1, :, :3], w),
+            w2[:1, :3],
+            1,
+        ),
+        "moe_experts w2": (lambda w: ops.moe_experts(wide, *shares, w13, w), w2, 0),
+        "moe_combine": (lambda x: ops.moe_combine(x, weight[:3, None].float(), placed), row, 0),
         "attention q": (lambda x: ops.attention(x, kv, kv), q, 2),
         "attention k": (lambda x: ops.attention(q, x, kv), kv, 2),
         "attention v": (lambda x: ops.attention(q, kv, x), kv, 2),
@@ -184,6 +204,7 @@ NAMES = (
     "attention_decode heads", "attention_decode_append_ heads", "attention_decode_append_ value heads",
     "attention_decode_with_lse q",
     "attention_with_lse k", "attention_varlen q", "attention_varlen_with_lse k", "moe_route", "moe_route ids",
+    "moe_dispatch", "moe_combine", "moe_experts x", "moe_experts w13", "moe_experts w2 rows", "moe_experts w2",
 )  # fmt: skip
 
 

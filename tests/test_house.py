@@ -25,15 +25,16 @@ MAX_LINES = 450  # a kernel and its backward, or a model, told whole; past that,
 # What the modules of each part may import from tilewright, and from outside beyond the standard
 # library.  A part may always import its own modules.
 BASE = {"torch"}
-SHARED = {"_native", "_op", "quant_tensor", "testing"}
+SHARED = {"_native", "_op", "expert_rows", "quant_tensor", "testing"}
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),
+    "expert_rows": (set(), BASE),
     "quant_tensor": (set(), BASE),
     "masks": (set(), BASE),
-    "reference": ({"quant_tensor"}, BASE),
+    "reference": ({"expert_rows", "quant_tensor"}, BASE),
     "_native": ({"_C"}, BASE),
     "_op": ({"_native", "reference", "kernels", "lab"}, BASE),  # lab: under the interpreter
-    "ops": ({"_op", "_native", "kernels", "masks", "quant_tensor"}, BASE),
+    "ops": ({"_op", "_native", "expert_rows", "kernels", "masks", "quant_tensor"}, BASE),
     "testing": ({"ops", "reference", "quant_tensor"}, BASE),
     "nn": ({"masks", "ops", "quant_tensor"}, BASE),
     "quant": ({"nn", "ops", "quant_tensor"}, BASE | {"gguf", "numpy", "safetensors"}),
@@ -57,11 +58,12 @@ TOLD_IN = {
     "tests": "tests/test_{}.py",
     "benchmarks": "benchmarks/bench_{}.py",
 }
-# attention_varlen is attention's operators on ranges of keys
+# attention_varlen is attention's operators on ranges of keys; moe_dispatch's loops have no vectors
 INSTEAD: dict[tuple[str, str], str] = {
     ("attention_varlen", "kernels"): "kernels/attention.py",
     ("attention_varlen", "cpu"): "csrc/cpu/attention.cpp",
     ("attention_varlen", "bind"): "csrc/bind/attention.cpp",
+    ("moe_dispatch", "cpu"): "csrc/bind/moe_dispatch.cpp",
 }
 
 

@@ -75,6 +75,9 @@ def test_every_op_is_inspected(backward):
         "int8_linear": "4x64x64",
         "rms_norm_int8": "4x64",
         "moe_route": "4x16x2,grouped=1",
+        "moe_dispatch": "4x16x2",
+        "moe_combine": "4x2x64",
+        "moe_experts": "4x4x2x32x32",
         "attention": "1x2x1x32x32x64",
         "attention_decode": "2x2x1x32x64x16",
         "attention_varlen": "2x2x1x32x64",
@@ -83,7 +86,7 @@ def test_every_op_is_inspected(backward):
     assert sorted(shapes) == sorted(ops)
     for op, shape in shapes.items():
         found = definition(op)
-        if backward and op in ("attention_decode", "rms_norm_int8"):
+        if backward and op in ("attention_decode", "moe_dispatch", "rms_norm_int8"):
             with pytest.raises(ValueError, match=f"{op} has no backward kernels"):
                 inspection.inspect(found, sizes=inspection.sizes_of(found, shape), backward=True)
             continue

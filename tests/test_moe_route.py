@@ -23,6 +23,8 @@ CASES += [
     ((65, 128, 2), HOW[1]),
     ((1, 257, 3), HOW[2]),
     ((2, 1024, 32), HOW[0]),
+    ((63, 16, 10), HOW[2]),
+    ((1000, 12, 12), HOW[0]),
 ]
 
 
@@ -77,6 +79,17 @@ def test_groups_and_bias(E, k, groups, group_k, group_top, scores, has_bias, dev
         weights, _ = ops.moe_route(logits.detach(), k, **kwargs)
         again, _ = ops.moe_route(logits.detach(), k, scores=scores, ids=ids)
         assert torch.equal(again, weights)
+
+
+def test_a_bias_below_every_score(device):
+    """What pads a row is no expert's rank."""
+    for scores in ("softmax", "sigmoid"):
+        both(
+            torch.randn(9, 60, device=device),
+            7,
+            scores=scores,
+            bias=torch.full((60,), -5.0, device=device),
+        )
 
 
 def test_bias_of_any_float_and_stride(device):
@@ -295,7 +308,9 @@ def test_ids_of_no_expert(bad, device):
     """An error of the CPU's kernel; elsewhere, the reference included, as -1."""
     ids = IDS.clone().to(device)
     ids[1, 1] = bad
-    logits = torch.randn(2, 8, device=device).requires_grad_()
+    logits = torch.randn(2, 8, device=device)
+    logits[1, 3] = nan
+    logits.requires_grad_()
     (route,) = (r for r in explain() if (r.op, r.device) == ("moe_route", device))
     if route.implementation.startswith("C++"):
         with pytest.raises(ValueError, match=f"id {bad} of ids is none of 8 experts"):
@@ -303,6 +318,6 @@ def test_ids_of_no_expert(bad, device):
         logits = logits.detach().double().requires_grad_()
     weights, _ = ops.moe_route(logits, 2, ids=ids)
     as_none = ops.moe_route(logits, 2, ids=ids.where(ids != bad, -1))[0]
-    assert torch.equal(weights, as_none)
+    torch.testing.assert_close(weights, as_none, rtol=0, atol=0, equal_nan=True)
     grads = [torch.autograd.grad(w.sum(), logits)[0] for w in (weights, as_none)]
-    assert torch.equal(*grads)
+    torch.testing.assert_close(*grads, rtol=0, atol=0, equal_nan=True)

@@ -117,9 +117,18 @@ def moe_route(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
     return [logits.detach() if alike else logits, k], kwargs
 
 
+def moe_combine(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
+    leading, E = draw(st.lists(SIZES, max_size=2)), draw(st.integers(1, 9))
+    ids = torch.rand(*leading, E).argsort(-1)[..., : draw(st.integers(1, E))]
+    if draw(st.booleans()):
+        ids = ids.masked_fill(torch.rand(ids.shape) < 0.3, -1)
+    y = laid_out(draw, (ids.numel(), draw(WIDTHS)), alike=False)
+    return [y, laid_out(draw, ids.shape), reference.moe_dispatch(ids, E)], {}
+
+
 OPS: dict[str, Callable] = {
     "rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "swiglu": swiglu, "geglu": geglu, "rope": rope,
-    "moe_route": moe_route,
+    "moe_route": moe_route, "moe_combine": moe_combine,
 }  # fmt: skip
 
 
@@ -316,6 +325,7 @@ def test_every_op_is_drawn():
         "int8_rows",
     ]
     others += ["rms_norm_int8"]  # of codes, which a last bit decides
+    others += ["moe_dispatch", "moe_experts"]
     assert sorted([*OPS, *family, *others]) == sorted(ops.__all__)
 
 
@@ -327,6 +337,7 @@ def double(*shape: int) -> Tensor:
 def test_gradients_in_float64(op: str):
     """The formulas against differences: in float64, where the reference serves."""
     tables = torch.rand(3, 2, dtype=torch.float64)
+    ids = torch.tensor([[0, 2], [-1, 0], [2, 1]])
     inputs = {
         "rms_norm": (double(3, 5), double(5)),
         "add_rms_norm": (double(3, 5), double(3, 5), double(5)),
@@ -334,8 +345,10 @@ def test_gradients_in_float64(op: str):
         "geglu": (double(3, 6),),
         "rope": (double(1, 2, 3, 4), tables.cos(), tables.sin()),
         "moe_route": (double(3, 7), 3),
+        "moe_combine": (double(6, 4), double(3, 2)),
     }
-    assert torch.autograd.gradcheck(getattr(ops, op), inputs[op])
+    more = {"moe_combine": (reference.moe_dispatch(ids, 3),)}.get(op, ())
+    assert torch.autograd.gradcheck(lambda *x: getattr(ops, op)(*x, *more), inputs[op])
 
 
 def test_attention_gradients_in_float64():

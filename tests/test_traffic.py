@@ -35,6 +35,7 @@ def interpreter():
 
 
 attention = harness.load(ROOT / "tests/attention_traffic.py")
+moe = harness.load(ROOT / "tests/moe_traffic.py")
 
 
 def definition(op: str) -> ModuleType:
@@ -129,20 +130,7 @@ def norm_int8_loads(e: int, *, M: int, N: int) -> int:
     return 8 * M * N * e if N > WHOLE_FWD else norm_loads(2)(e, M=M, N=N)
 
 
-def route_rows(T: int, E: int) -> int:
-    """Rows of a program."""
-    from tilewright.kernels.moe_route import FWD
-
-    return FWD.heuristic(power(T), max(16, power(E)))["BLOCK_M"]
-
-
-def route_loads(e: int, *, T: int, E: int, K: int, grouped: bool = False) -> int:
-    """Logits once, the bias once a block of rows."""
-    return T * E * e + (ceil(T / route_rows(T, E)) * 4 * E if grouped else 0)
-
-
 NORM = ({"M": 5, "N": 96}, {"M": 70, "N": 33}, {"M": 2, "N": 20000})
-ROUTE = ({"T": 70, "E": 60, "K": 4}, {"T": 5, "E": 128, "K": 8, "grouped": True})
 GLU = (
     {"rows": 5, "width": 96, "packed": False},
     {"rows": 3, "width": 1500, "packed": True},
@@ -203,7 +191,10 @@ CASES = {
         int8_flops,
     ),
     "rms_norm_int8": (NORM, norm_int8_loads, None),
-    "moe_route": (ROUTE, route_loads, None),
+    "moe_route": (moe.ROUTE, moe.route_loads, None),
+    "moe_dispatch": (moe.DISPATCH, moe.dispatch_loads, None),
+    "moe_combine": (moe.COMBINE, moe.combine_loads, None),
+    "moe_experts": (moe.EXPERTS, moe.experts_loads, moe.experts_flops),
 }
 # four bytes that a forward tells of its rows, or is told: how many
 TOLD = {
@@ -211,6 +202,7 @@ TOLD = {
     "add_rms_norm": lambda M, N: M,
     "quant_linear": quant_told,
     "int8_linear": lambda M, N, K: M * K // 2 + 2 * M,  # codes and scales, stored and loaded
+    "moe_dispatch": moe.dispatch_told,
     "attention": lambda B, H, S, **_: B * H * S,
     "attention_decode": attention.decode_told,
     "attention_varlen": lambda N, H, S, **_: N * S * (H + 2),
@@ -232,6 +224,8 @@ def test_forward(op, sizes, dtype, interpreter):
     least, _ = bench.cost(dtype, **sizes)
     if op in TOLD:
         least += 4 * TOLD[op](**sizes)
+    if op == "moe_experts":
+        least += moe.experts_between(dtype.itemsize, **sizes)
     loaded = sum(launch.bytes_loaded for launch in launches)
     stored = sum(launch.bytes_stored for launch in launches)
     distinct = sum(
@@ -294,12 +288,6 @@ def int8_backward(e: int, *, M: int, N: int, K: int) -> tuple[int, int, int, int
     return 0, loaded, M * K * e, 2 * rows * outputs * tiles * t["BLOCK_K"]
 
 
-def route_backward(
-    e: int, *, T: int, E: int, K: int, grouped: bool = False
-) -> tuple[int, int, int, int]:
-    return 0, T * E * e + 12 * T * K, T * E * e, 0
-
-
 BACKWARD: dict[str, tuple[tuple[dict[str, Any], ...], Callable[..., tuple[int, int, int, int]]]]
 BACKWARD = {
     "rms_norm": (NORM[:2], norm_backward(2)),
@@ -309,7 +297,9 @@ BACKWARD = {
     "rope": (CASES["rope"][0], rope_backward),
     "quant_linear": (CASES["quant_linear"][0], quant_backward),
     "int8_linear": (CASES["int8_linear"][0], int8_backward),
-    "moe_route": (ROUTE, route_backward),
+    "moe_route": (moe.ROUTE, moe.route_backward),
+    "moe_combine": (moe.COMBINE, moe.combine_backward),
+    "moe_experts": (moe.EXPERTS, moe.experts_backward),
     "attention": (CASES["attention"][0], attention.attention_backward),
     "attention_varlen": (CASES["attention_varlen"][0], attention.varlen_backward),
 }
@@ -419,7 +409,7 @@ def test_blocks_that_are_left_out_are_not_visited(dtype, interpreter):
 def test_every_op_is_counted():
     ops = [path.stem for path in (ROOT / "python/tilewright/ops").glob("[a-z]*.py")]
     assert sorted(CASES) == sorted(ops)
-    assert sorted([*BACKWARD, "attention_decode", "rms_norm_int8"]) == sorted(
+    assert sorted([*BACKWARD, "attention_decode", "moe_dispatch", "rms_norm_int8"]) == sorted(
         ops
     )  # these have none
 

@@ -10,6 +10,9 @@ from tilewright.ops.attention_decode import (
 from tilewright.ops.attention_varlen import attention_varlen, attention_varlen_with_lse
 from tilewright.ops.geglu import geglu
 from tilewright.ops.int8_linear import int8_linear, int8_rows
+from tilewright.ops.moe_combine import moe_combine
+from tilewright.ops.moe_dispatch import moe_dispatch
+from tilewright.ops.moe_experts import moe_experts
 from tilewright.ops.moe_route import moe_route
 from tilewright.ops.quant_linear import quant_linear
 from tilewright.ops.rms_norm import rms_norm
@@ -30,6 +33,9 @@ __all__ = [
     "int8_linear",
     "int8_rows",
     "merge_attention",
+    "moe_combine",
+    "moe_dispatch",
+    "moe_experts",
     "moe_route",
     "quant_linear",
     "rms_norm",

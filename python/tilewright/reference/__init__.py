@@ -10,6 +10,9 @@ from tilewright.reference.attention_decode import (
 from tilewright.reference.attention_varlen import attention_varlen, attention_varlen_with_lse
 from tilewright.reference.geglu import geglu
 from tilewright.reference.int8_linear import int8_linear, int8_rows
+from tilewright.reference.moe_combine import moe_combine
+from tilewright.reference.moe_dispatch import moe_dispatch
+from tilewright.reference.moe_experts import moe_experts
 from tilewright.reference.moe_route import moe_route
 from tilewright.reference.quant_linear import quant_linear
 from tilewright.reference.rms_norm import rms_norm
@@ -30,6 +33,9 @@ __all__ = [
     "int8_linear",
     "int8_rows",
     "merge_attention",
+    "moe_combine",
+    "moe_dispatch",
+    "moe_experts",
     "moe_route",
     "quant_linear",
     "rms_norm",

@@ -1,0 +1,179 @@
+// tilewright::moe_experts_fwd and moe_experts_bwd on the CPU.
+#include "../cpu/moe_experts.h"
+
+#include "../cpu/moe_combine.h"
+#include "moe_rows.h"
+#include "rms_norm.h"
+
+namespace tilewright {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+cpu::Gated gated(c10::string_view activation) {
+  if (activation == "silu") return cpu::Gated::SILU;
+  if (activation == "gelu") return cpu::Gated::GELU;
+  TORCH_CHECK_VALUE(activation == "gelu_tanh", "moe_experts: activation ", activation,
+                    " is none of silu, gelu, gelu_tanh");
+  return cpu::Gated::GELU_TANH;
+}
+
+// What both passes are given, in the form cpu::Experts has it.
+struct Given {
+  cpu::Experts m{};
+  int64_t P;
+  Tensor order, rows, offsets, weights, w13, w2, bias13, bias2;  // contiguous; of w13 and w2 the last dimension
+  std::optional<RowView> x;
+
+  Given(const Tensor& x, const Tensor& weights, const Tensor& order, const Tensor& rows, const Tensor& offsets,
+        const Tensor& w13, const Tensor& w2, const OptTensor& bias13, const OptTensor& bias2,
+        c10::string_view activation, double limit) {
+    m.dtype = dtype_of(x, "moe_experts", "x");
+    m.act = gated(activation);
+    m.limit = float(limit);
+    TORCH_CHECK_VALUE(x.dim() > 0 && w13.dim() == 3 && w2.dim() == 3 && w2.size(1) == x.size(-1) &&
+                          w13.sizes() == at::IntArrayRef({w2.size(0), 2 * w2.size(2), w2.size(1)}),
+                      "moe_experts: x ", x.sizes(), ", w13 ", w13.sizes(), " and w2 ", w2.sizes(), " do not fit");
+    m.E = w2.size(0), m.D = w2.size(1), m.I = w2.size(2);
+    P = order.numel();
+    m.k = rows.dim() ? rows.size(-1) : 0;
+    TORCH_CHECK_VALUE(rows.dim() == x.dim() && rows.sizes() == weights.sizes() && rows.numel() == P &&
+                          rows.sizes().slice(0, x.dim() - 1) == x.sizes().slice(0, x.dim() - 1) &&
+                          offsets.numel() == m.E + 1,
+                      "moe_experts: rows ", rows.sizes(), ", weights ", weights.sizes(), ", order ", order.sizes(),
+                      " and offsets ", offsets.sizes(), " do not fit x ", x.sizes(), " and ", m.E, " experts");
+    this->order = moe_order("moe_experts", order);
+    this->offsets = moe_offsets("moe_experts", offsets, P);
+    this->rows = moe_indices("moe_experts", "rows", rows, -1, this->offsets.const_data_ptr<int64_t>()[m.E]);
+    this->x.emplace(x);
+    this->weights = weights.to(at::kFloat).contiguous();
+    m.order = this->order.const_data_ptr<int64_t>();
+    m.offsets = this->offsets.const_data_ptr<int64_t>();
+    m.weights = this->weights.const_data_ptr<float>();
+    m.x = this->x->rows;
+    m.w13 = matrices("w13", w13, x, this->w13);
+    m.w2 = matrices("w2", w2, x, this->w2);
+    m.bias13 = bias("bias13", bias13, x, 2 * m.I, this->bias13);
+    m.bias2 = bias("bias2", bias2, x, m.D, this->bias2);
+  }
+
+  int64_t here() const { return m.offsets[m.E]; }
+
+ private:
+  static cpu::Matrices matrices(const char* name, const Tensor& w, const Tensor& x, Tensor& held) {
+    TORCH_CHECK_VALUE(w.scalar_type() == x.scalar_type(), "moe_experts: ", name, " ", w.scalar_type(), ", x ",
+                      x.scalar_type());
+    held = w.stride(2) == 1 || w.size(2) == 1 ? w : w.contiguous();
+    return {held.const_data_ptr(), held.stride(0), held.stride(1)};
+  }
+
+  const void* bias(const char* name, const OptTensor& b, const Tensor& x, int64_t n, Tensor& held) const {
+    if (!b) return nullptr;
+    TORCH_CHECK_VALUE(b->sizes() == at::IntArrayRef({m.E, n}) && b->scalar_type() == x.scalar_type(),
+                      "moe_experts: ", name, " ", b->scalar_type(), " ", b->sizes(), " must be ", x.scalar_type(),
+                      " ", at::IntArrayRef({m.E, n}));
+    held = b->contiguous();
+    return held.const_data_ptr();
+  }
+};
+
+int64_t blocks_of(int64_t n) { return (n + cpu::MOE_COLUMNS - 1) / cpu::MOE_COLUMNS; }
+
+// The blocks of an [.., n] result shared among threads, a block at least of some work each.
+template <class F>
+void over(int64_t n, int64_t work, F f) {
+  at::parallel_for(0, blocks_of(n), row_grain(work * cpu::MOE_COLUMNS / 4), f);
+}
+
+// out [T, D] of y [P, D], summed with weights [P].
+void combine(const Given& g, const Tensor& y, const float* weights, Tensor& out) {
+  const RowView view(y);
+  const int64_t* rows = g.rows.const_data_ptr<int64_t>();
+  void* to = out.mutable_data_ptr();
+  const auto f = TW_PICK(moe_combine_fwd);
+  at::parallel_for(0, g.m.D == 0 ? 0 : out.numel() / g.m.D, row_grain(g.m.k * g.m.D),
+                   [&](int64_t begin, int64_t end) { f(view.rows, weights, rows, to, g.m.dtype, g.m.k, g.m.D, begin, end); });
+}
+
+std::tuple<Tensor, Tensor> moe_experts_fwd(const Tensor& x, const Tensor& weights, const Tensor& order,
+                                           const Tensor& rows, const Tensor& offsets, const Tensor& w13,
+                                           const Tensor& w2, const OptTensor& bias13, const OptTensor& bias2,
+                                           c10::string_view activation, double limit, bool save) {
+  Given g(x, weights, order, rows, offsets, w13, w2, bias13, bias2, activation, limit);
+  cpu::Experts& m = g.m;
+  Tensor h = at::empty({save ? g.P : 0, 2 * m.I}, x.options()), out = at::empty(x.sizes(), x.options());
+  Tensor a = at::empty({g.P, m.I}, x.options()), y = at::empty({g.P, m.D}, x.options());
+  m.h = save ? h.mutable_data_ptr() : nullptr;
+  m.a = a.mutable_data_ptr(), m.y = y.mutable_data_ptr();
+  const auto up = TW_PICK(moe_experts_up), down = TW_PICK(moe_experts_down);
+  over(m.I, 2 * g.here() * m.D, [&](int64_t begin, int64_t end) { up(m, begin, end); });
+  over(m.D, g.here() * m.I, [&](int64_t begin, int64_t end) { down(m, begin, end); });
+  combine(g, y, m.weights, out);
+  return {std::move(out), std::move(h)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_bwd(
+    const Tensor& dout, const Tensor& x, const Tensor& h, const Tensor& weights, const Tensor& order,
+    const Tensor& rows, const Tensor& offsets, const Tensor& w13, const Tensor& w2, const OptTensor& bias13,
+    const OptTensor& bias2, c10::string_view activation, double limit, std::array<bool, 6> wanted) {
+  Given g(x, weights, order, rows, offsets, w13, w2, bias13, bias2, activation, limit);
+  cpu::Experts& m = g.m;
+  TORCH_CHECK_VALUE(dout.sizes() == x.sizes() && dout.scalar_type() == x.scalar_type() && h.dim() == 2 &&
+                        h.size(0) == g.P && h.size(1) == 2 * m.I && h.scalar_type() == x.scalar_type(),
+                    "moe_experts: dout ", dout.scalar_type(), " ", dout.sizes(), " and h ", h.scalar_type(), " ",
+                    h.sizes(), " do not fit x ", x.scalar_type(), " ", x.sizes());
+  const auto empty = [&](bool want, at::IntArrayRef sizes) {
+    return at::empty(want ? sizes : at::IntArrayRef{0}, x.options());
+  };
+  Tensor dw13 = empty(wanted[2], w13.sizes()), dw2 = empty(wanted[3], w2.sizes());
+  Tensor dbias13 = empty(wanted[4] && bias13, {m.E, 2 * m.I}), dbias2 = empty(wanted[5] && bias2, {m.E, m.D});
+  Tensor dx = empty(wanted[0], x.sizes());
+  const RowView gradient(dout);
+  const Tensor kept = h.contiguous();
+  Tensor a = empty(true, {g.P, m.I}), dh = empty(true, {g.P, 2 * m.I});
+  Tensor parts = at::zeros({g.P, blocks_of(m.I)}, x.options().dtype(at::kFloat));
+  m.dout = gradient.rows;
+  m.h = const_cast<void*>(kept.const_data_ptr());
+  m.a = a.mutable_data_ptr(), m.dh = dh.mutable_data_ptr(), m.parts = parts.mutable_data_ptr<float>();
+  const auto floats = [](int64_t n) { return at::empty({n}, at::kFloat); };
+  const auto f_dh = TW_PICK(moe_experts_dh), f_dx = TW_PICK(moe_experts_dx);
+  over(m.I, g.here() * m.D, [&](int64_t begin, int64_t end) {
+    Tensor scratch = floats(cpu::MOE_ROWS * m.D);
+    f_dh(m, scratch.mutable_data_ptr<float>(), begin, end);
+  });
+  if (wanted[0]) {
+    Tensor each = empty(true, {g.P, m.D}), ones = at::ones({g.P}, parts.options());
+    m.dx = each.mutable_data_ptr();
+    over(m.D, 2 * g.here() * m.I, [&](int64_t begin, int64_t end) {
+      Tensor scratch = floats(2 * cpu::MOE_ROWS * m.I);
+      f_dx(m, scratch.mutable_data_ptr<float>(), begin, end);
+    });
+    combine(g, each, ones.const_data_ptr<float>(), dx);
+  }
+  int64_t most = 0;  // rows of an expert
+  for (int64_t e = 0; e < m.E; ++e) most = std::max(most, m.offsets[e + 1] - m.offsets[e]);
+  const auto product = [&](auto f, int64_t M, int64_t N, Tensor& dw, Tensor& dbias) {
+    void *to = dw.numel() ? dw.mutable_data_ptr() : nullptr, *sums = dbias.numel() ? dbias.mutable_data_ptr() : nullptr;
+    if (!to && !sums) return;
+    over(M, (g.here() + m.E) * N, [&](int64_t begin, int64_t end) {
+      Tensor scratch = floats(most * cpu::MOE_COLUMNS), pointers = at::empty({most}, at::kLong);
+      f(m, to, sums, scratch.mutable_data_ptr<float>(),
+        reinterpret_cast<const void**>(pointers.mutable_data_ptr<int64_t>()), begin, end);
+    });
+  };
+  product(TW_PICK(moe_experts_dw13), 2 * m.I, m.D, dw13, dbias13);
+  product(TW_PICK(moe_experts_dw2), m.D, m.I, dw2, dbias2);
+  Tensor dweights = wanted[1] ? parts.sum(1).view(weights.sizes()).to(weights.scalar_type())
+                              : at::empty({0}, weights.options());
+  return {std::move(dx), std::move(dweights), std::move(dw13), std::move(dw2), std::move(dbias13), std::move(dbias2)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
+  m.impl("moe_experts_fwd", &moe_experts_fwd);
+  m.impl("moe_experts_bwd", &moe_experts_bwd);
+}
+
+}  // namespace tilewright

@@ -1,0 +1,365 @@
+// Two products: rows with the weight's rows, where both lie along what is summed (up, down), and sums of the weight's
+// rows, where what is summed lies across (dh, dx, and dw, whose weight is the tokens).  A thread has columns of every
+// expert, so that threads have alike however the tokens are spread, and what it computes does not depend on them.
+#include "moe_experts.h"
+
+#include "glu_acts.h"
+#include "rms_norm_row.h"
+
+namespace tilewright::cpu::TW_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int DOT_ROWS = 6, SUM_ROWS = 12;  // of accumulators, by DOT_COLUMNS and NV: 24 of 32 registers
+#else
+constexpr int DOT_ROWS = 2, SUM_ROWS = 4;  // 8 of 16
+#endif
+constexpr int DOT_COLUMNS = 4, NV = 2;
+
+// STEP numbers of a row, and a sum of their products.
+template <class T> struct Lanes {
+  static constexpr int STEP = W;
+  Vec v;
+  static TW_INLINE Lanes of(const T* p) { return {load(p)}; }
+  static TW_INLINE Lanes some(const T* p, int n) { return {load_tail(p, n)}; }
+  static TW_INLINE Vec dot(Lanes a, Lanes b, Vec sum) { return fma(a.v, b.v, sum); }
+};
+#if defined(__AVX512BF16__)
+template <> struct Lanes<bf16> {  // pairs
+  static constexpr int STEP = 2 * W;
+  __m512i v;
+  static TW_INLINE Lanes of(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+  static TW_INLINE Lanes some(const bf16* p, int n) { return {_mm512_maskz_loadu_epi16((1u << n) - 1, p)}; }
+  static TW_INLINE Vec dot(Lanes a, Lanes b, Vec sum) {
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
+  }
+};
+#endif
+
+// out[m][n] = <a_m, b_n> over K columns.
+template <int M, int N, class T>
+void dots(const T* const* a, const T* b, int64_t stride, int64_t K, float (*out)[MOE_COLUMNS]) {
+  using L = Lanes<T>;
+  Vec sum[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) sum[m][n] = set1(0.f);
+  const auto step = [&](auto get) {
+    L w[N];
+    for (int n = 0; n < N; ++n) w[n] = get(b + n * stride);
+    for (int m = 0; m < M; ++m) {
+      const L x = get(a[m]);
+      for (int n = 0; n < N; ++n) sum[m][n] = L::dot(x, w[n], sum[m][n]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + L::STEP <= K; k += L::STEP) step([&](const T* p) { return L::of(p + k); });
+  if (k < K) step([&](const T* p) { return L::some(p + k, int(K - k)); });
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) out[m][n] = reduce_add(sum[m][n]);
+}
+
+// The same of any number of rows and columns up to MOE_ROWS and MOE_COLUMNS: the weight's few rows stay in L1.
+template <class T>
+void dot_block(const T* const* a, int64_t rows, const T* b, int64_t stride, int64_t columns, int64_t K,
+               float (*out)[MOE_COLUMNS]) {
+  int64_t n = 0;
+  for (; n < columns; n += n + DOT_COLUMNS <= columns ? DOT_COLUMNS : 1) {
+    const bool whole = n + DOT_COLUMNS <= columns;
+    const T* w = b + n * stride;
+    const auto at = reinterpret_cast<float (*)[MOE_COLUMNS]>(&out[0][n]);
+    for (int64_t m = 0; m < rows;) {
+      if (rows - m >= DOT_ROWS) {
+        whole ? dots<DOT_ROWS, DOT_COLUMNS>(a + m, w, stride, K, at + m) : dots<DOT_ROWS, 1>(a + m, w, stride, K, at + m);
+        m += DOT_ROWS;
+      } else {
+        whole ? dots<1, DOT_COLUMNS>(a + m, w, stride, K, at + m) : dots<1, 1>(a + m, w, stride, K, at + m);
+        ++m;
+      }
+    }
+  }
+}
+
+// out[m][NV * W] = sum over k of left[m * row + k * step] times row k of `right`, from its column on; of the last
+// vector's columns `count`.
+template <int M, class T, class Right>
+TW_INLINE void sums(const float* left, int64_t row, int64_t step, int64_t K, Right right, int vectors, int count,
+                    float* out, int64_t out_stride) {
+  Vec sum[M][NV];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < NV; ++v) sum[m][v] = set1(0.f);
+  const auto run = [&](auto get) {
+    for (int64_t k = 0; k < K; ++k) {
+      const T* p = right(k);
+      Vec x[NV];
+      for (int v = 0; v < NV; ++v) x[v] = get(p, v);
+      for (int m = 0; m < M; ++m) {
+        const Vec l = set1(left[m * row + k * step]);
+        for (int v = 0; v < NV; ++v) sum[m][v] = fma(l, x[v], sum[m][v]);
+      }
+    }
+  };
+  if (vectors == NV && count == W) {
+    run([](const T* p, int v) { return load(p + v * W); });
+  } else {
+    run([&](const T* p, int v) {
+      if (v + 1 < vectors || (v + 1 == vectors && count == W)) return load(p + v * W);
+      return v + 1 == vectors ? load_tail(p + v * W, count) : set1(0.f);
+    });
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < NV; ++v) store(out + m * out_stride + v * W, sum[m][v]);
+}
+
+// Of `rows` rows of left and the right's columns [0, columns): to out [rows][out_stride], whole vectors of it.
+template <class T, class Right>
+void sum_block(const float* left, int64_t row, int64_t step, int64_t rows, int64_t K, Right right, int64_t columns,
+               float* out, int64_t out_stride) {
+  for (int64_t n = 0; n < columns; n += NV * W) {
+    const int64_t rest = columns - n;
+    const int vectors = rest >= NV * W ? NV : int((rest + W - 1) / W);
+    const int count = rest >= NV * W ? W : int(rest - (vectors - 1) * W);
+    const auto from = [&](int64_t k) { return right(k) + n; };
+    for (int64_t m = 0; m < rows;) {
+      const float* l = left + m * row;
+      float* to = out + m * out_stride + n;
+      if (rows - m >= SUM_ROWS)
+        sums<SUM_ROWS, T>(l, row, step, K, from, vectors, count, to, out_stride), m += SUM_ROWS;
+      else if (rows - m >= 2)
+        sums<2, T>(l, row, step, K, from, vectors, count, to, out_stride), m += 2;
+      else
+        sums<1, T>(l, row, step, K, from, vectors, count, to, out_stride), ++m;
+    }
+  }
+}
+
+// body(expert, first row, rows, block's first column, columns) for MOE_ROWS rows at a time of every expert, in blocks
+// [begin, end) of N columns.
+template <class Body>
+TW_INLINE void over_blocks(const Experts& m, int64_t N, int64_t begin, int64_t end, Body body) {
+  for (int64_t e = 0; e < m.E; ++e)
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t n = block * MOE_COLUMNS, columns = N - n < MOE_COLUMNS ? N - n : MOE_COLUMNS;
+      for (int64_t r = m.offsets[e]; r < m.offsets[e + 1]; r += MOE_ROWS) {
+        const int64_t left = m.offsets[e + 1] - r;
+        body(e, r, left < MOE_ROWS ? left : MOE_ROWS, n, columns);
+      }
+    }
+}
+
+// f(activation) of the kind asked for.
+template <class F>
+TW_INLINE void with_act(Gated act, F f) {
+  switch (act) {
+    case Gated::SILU: return f(Silu{});
+    case Gated::GELU: return f(GeluErf{});
+    case Gated::GELU_TANH: return f(GeluTanh{});
+  }
+}
+
+struct Limit {  // of gates above, of ups both ways; inf: none
+  Vec most, none, least;  // least: a positive number, so that what is at the limit passes
+  bool is;
+  TW_INLINE explicit Limit(float limit)
+      : most(set1(limit)), none(set1(0.f)), least(set1(1e-38f)), is(limit < __builtin_inff()) {}
+  TW_INLINE Vec gate(Vec g) const { return is ? select_positive(g - most, most, g) : g; }  // nan stays
+  TW_INLINE Vec up(Vec u) const {
+    return is ? select_positive(u - most, most, select_positive(none - most - u, none - most, u)) : u;
+  }
+  // their slopes: 0 past the limit, and of nan where there is one, as torch's clamp has it
+  TW_INLINE Vec of_gate(Vec slope, Vec g) const { return is ? select_positive(most - g + least, slope, none) : slope; }
+  TW_INLINE Vec of_up(Vec slope, Vec u) const {
+    return is ? select_positive(min(most - u, most + u) + least, slope, none) : slope;
+  }
+};
+
+// from[j] + bias[j] in T, `n` numbers.
+template <class T>
+TW_INLINE void rounded(const float* from, const T* bias, int64_t n, T* to) {
+  int64_t j = 0;
+  for (; j + W <= n; j += W) store(to + j, bias ? load(from + j) + load(bias + j) : load(from + j));
+  for (; j < n; ++j) to[j] = from_float<T>(bias ? from[j] + to_float(bias[j]) : from[j]);
+}
+
+template <class T>
+TW_INLINE const T* row_in(const Matrices& w, int64_t e, int64_t n) {
+  return static_cast<const T*>(w.p) + e * w.stride_e + n * w.stride_n;
+}
+
+template <class T>
+TW_INLINE const T* at(const void* p, int64_t i) { return p ? static_cast<const T*>(p) + i : nullptr; }
+
+template <class Act, class T>
+void up_as(const Experts& m, int64_t begin, int64_t end) {
+  float gates[MOE_ROWS][MOE_COLUMNS], ups[MOE_ROWS][MOE_COLUMNS];
+  const T* x[MOE_ROWS];
+  over_blocks(m, m.I, begin, end, [&](int64_t e, int64_t r, int64_t rows, int64_t n, int64_t columns) {
+    for (int64_t i = 0; i < rows; ++i) x[i] = row_of<T>(m.x, m.order[r + i] / m.k);
+    dot_block(x, rows, row_in<T>(m.w13, e, n), m.w13.stride_n, columns, m.D, gates);
+    dot_block(x, rows, row_in<T>(m.w13, e, m.I + n), m.w13.stride_n, columns, m.D, ups);
+    const Limit limit(m.limit);
+    for (int64_t i = 0; i < rows; ++i) {
+      T gate[MOE_COLUMNS] = {}, up[MOE_COLUMNS] = {}, a[MOE_COLUMNS];
+      rounded(gates[i], at<T>(m.bias13, e * 2 * m.I + n), columns, gate);
+      rounded(ups[i], at<T>(m.bias13, (e * 2 + 1) * m.I + n), columns, up);
+      for (int64_t j = 0; j < MOE_COLUMNS; j += W) {
+        store(a + j, Act::value(limit.gate(load(gate + j))) * limit.up(load(up + j)));
+      }
+      __builtin_memcpy(static_cast<T*>(m.a) + (r + i) * m.I + n, a, size_t(columns) * sizeof(T));
+      if (!m.h) continue;
+      T* h = static_cast<T*>(m.h) + (r + i) * 2 * m.I + n;
+      __builtin_memcpy(h, gate, size_t(columns) * sizeof(T));
+      __builtin_memcpy(h + m.I, up, size_t(columns) * sizeof(T));
+    }
+  });
+}
+
+template <class T>
+void down_as(const Experts& m, int64_t begin, int64_t end) {
+  float sum[MOE_ROWS][MOE_COLUMNS];
+  const T* a[MOE_ROWS];
+  over_blocks(m, m.D, begin, end, [&](int64_t e, int64_t r, int64_t rows, int64_t n, int64_t columns) {
+    for (int64_t i = 0; i < rows; ++i) a[i] = static_cast<const T*>(m.a) + (r + i) * m.I;
+    dot_block(a, rows, row_in<T>(m.w2, e, n), m.w2.stride_n, columns, m.I, sum);
+    for (int64_t i = 0; i < rows; ++i)
+      rounded(sum[i], at<T>(m.bias2, e * m.D + n), columns, static_cast<T*>(m.y) + (r + i) * m.D + n);
+  });
+}
+
+template <class T>
+TW_INLINE void widened(const T* from, int64_t n, float* to) {
+  int64_t j = 0;
+  for (; j + W <= n; j += W) store(to + j, load(from + j));
+  for (; j < n; ++j) to[j] = to_float(from[j]);
+}
+
+template <class Act, class T>
+void dh_as(const Experts& m, float* dout, int64_t begin, int64_t end) {
+  float g[MOE_ROWS][MOE_COLUMNS] = {};
+  const int64_t blocks = (m.I + MOE_COLUMNS - 1) / MOE_COLUMNS;
+  over_blocks(m, m.I, begin, end, [&](int64_t e, int64_t r, int64_t rows, int64_t n, int64_t columns) {
+    for (int64_t i = 0; i < rows; ++i) widened(row_of<T>(m.dout, m.order[r + i] / m.k), m.D, dout + i * m.D);
+    const T* w = row_in<T>(m.w2, e, 0) + n;
+    sum_block<T>(dout, m.D, 1, rows, m.D, [&](int64_t k) { return w + k * m.w2.stride_n; }, columns, g[0],
+                 MOE_COLUMNS);
+    const Limit limit(m.limit);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t slot = m.order[r + i], row = (r + i) * 2 * m.I + n;
+      T gate[MOE_COLUMNS] = {}, up[MOE_COLUMNS] = {}, a[MOE_COLUMNS], dgate[MOE_COLUMNS], dup[MOE_COLUMNS];
+      __builtin_memcpy(gate, static_cast<const T*>(m.h) + row, size_t(columns) * sizeof(T));
+      __builtin_memcpy(up, static_cast<const T*>(m.h) + row + m.I, size_t(columns) * sizeof(T));
+      const Vec weight = set1(m.weights[slot]);
+      for (int64_t j = 0; j < MOE_COLUMNS; j += W) {
+        const Vec given = load(gate + j), with = load(up + j), factor = limit.up(with);
+        Vec slope;
+        const Vec value = Act::value(limit.gate(given), slope), d = weight * load(g[i] + j);
+        store(a + j, value * factor);
+        store(dgate + j, limit.of_gate(d * factor * slope, given));
+        store(dup + j, limit.of_up(d * value, with));
+      }
+      float part = 0.f;
+      for (int64_t j = 0; j < columns; ++j) part += g[i][j] * to_float(a[j]);
+      if (m.bias2 && n == 0)
+        for (int64_t j = 0; j < m.D; ++j) part += dout[i * m.D + j] * to_float(*at<T>(m.bias2, e * m.D + j));
+      m.parts[slot * blocks + n / MOE_COLUMNS] = part;
+      __builtin_memcpy(static_cast<T*>(m.a) + (r + i) * m.I + n, a, size_t(columns) * sizeof(T));
+      __builtin_memcpy(static_cast<T*>(m.dh) + row, dgate, size_t(columns) * sizeof(T));
+      __builtin_memcpy(static_cast<T*>(m.dh) + row + m.I, dup, size_t(columns) * sizeof(T));
+    }
+  });
+}
+
+template <class T>
+void dx_as(const Experts& m, float* dh, int64_t begin, int64_t end) {
+  float sum[MOE_ROWS][MOE_COLUMNS] = {};
+  over_blocks(m, m.D, begin, end, [&](int64_t e, int64_t r, int64_t rows, int64_t n, int64_t columns) {
+    const int64_t K = 2 * m.I;
+    for (int64_t i = 0; i < rows; ++i) widened(static_cast<const T*>(m.dh) + (r + i) * K, K, dh + i * K);
+    const T* w = row_in<T>(m.w13, e, 0) + n;
+    sum_block<T>(dh, K, 1, rows, K, [&](int64_t k) { return w + k * m.w13.stride_n; }, columns, sum[0],
+                 MOE_COLUMNS);
+    for (int64_t i = 0; i < rows; ++i)
+      rounded<T>(sum[i], nullptr, columns, static_cast<T*>(m.dx) + (r + i) * m.D + n);
+  });
+}
+
+// dw [E, M, N] and dbias [E, M], M in blocks: left(row) is a pointer to M numbers and their factor, right(row) to N.
+template <class T, class Left, class Right>
+void dw_as(const Experts& m, int64_t M, int64_t N, Left left, Right right, T* dw, T* dbias, float* scratch,
+           const void** pointers, int64_t begin, int64_t end) {
+  float sum[MOE_COLUMNS][MOE_COLUMNS] = {};
+  for (int64_t e = 0; e < m.E; ++e)
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t m0 = block * MOE_COLUMNS, rows = M - m0 < MOE_COLUMNS ? M - m0 : MOE_COLUMNS;
+      const int64_t first = m.offsets[e], K = m.offsets[e + 1] - first;
+      if (K == 0) {
+        if (dw) __builtin_memset(dw + (e * M + m0) * N, 0, size_t(rows * N) * sizeof(T));
+        if (dbias) __builtin_memset(dbias + e * M + m0, 0, size_t(rows) * sizeof(T));
+        continue;
+      }
+      for (int64_t k = 0; k < K; ++k) {
+        float factor;
+        const T* l = left(first + k, factor) + m0;
+        for (int64_t i = 0; i < rows; ++i) scratch[k * MOE_COLUMNS + i] = to_float(l[i]) * factor;
+        pointers[k] = right(first + k);
+      }
+      if (dbias)
+        for (int64_t i = 0; i < rows; ++i) {
+          float total = 0.f;
+          for (int64_t k = 0; k < K; ++k) total += scratch[k * MOE_COLUMNS + i];
+          dbias[e * M + m0 + i] = from_float<T>(total);
+        }
+      if (!dw) continue;
+      T* to = dw + (e * M + m0) * N;
+      for (int64_t n = 0; n < N; n += MOE_COLUMNS) {
+        const int64_t columns = N - n < MOE_COLUMNS ? N - n : MOE_COLUMNS;
+        sum_block<T>(scratch, 1, MOE_COLUMNS, rows, K,
+                     [&](int64_t k) { return static_cast<const T*>(pointers[k]) + n; }, columns, sum[0],
+                     MOE_COLUMNS);
+        for (int64_t i = 0; i < rows; ++i) rounded<T>(sum[i], nullptr, columns, to + i * N + n);
+      }
+    }
+}
+
+}  // namespace
+
+void moe_experts_up(const Experts& m, int64_t begin, int64_t end) {
+  with_act(m.act, [&](auto act) { TW_FOR_DTYPE(m.dtype, T, up_as<decltype(act), T>(m, begin, end)) });
+}
+
+void moe_experts_down(const Experts& m, int64_t begin, int64_t end) {
+  TW_FOR_DTYPE(m.dtype, T, down_as<T>(m, begin, end))
+}
+
+void moe_experts_dh(const Experts& m, float* scratch, int64_t begin, int64_t end) {
+  with_act(m.act, [&](auto act) { TW_FOR_DTYPE(m.dtype, T, dh_as<decltype(act), T>(m, scratch, begin, end)) });
+}
+
+void moe_experts_dx(const Experts& m, float* scratch, int64_t begin, int64_t end) {
+  TW_FOR_DTYPE(m.dtype, T, dx_as<T>(m, scratch, begin, end))
+}
+
+void moe_experts_dw13(const Experts& m, void* dw, void* dbias, float* scratch, const void** pointers, int64_t begin,
+                      int64_t end) {
+  TW_FOR_DTYPE(m.dtype, T, {
+    const auto left = [&](int64_t row, float& factor) {
+      factor = 1.f;
+      return static_cast<const T*>(m.dh) + row * 2 * m.I;
+    };
+    const auto right = [&](int64_t row) { return row_of<T>(m.x, m.order[row] / m.k); };
+    dw_as<T>(m, 2 * m.I, m.D, left, right, static_cast<T*>(dw), static_cast<T*>(dbias), scratch, pointers, begin, end);
+  })
+}
+
+void moe_experts_dw2(const Experts& m, void* dw, void* dbias, float* scratch, const void** pointers, int64_t begin,
+                     int64_t end) {
+  TW_FOR_DTYPE(m.dtype, T, {
+    const auto left = [&](int64_t row, float& factor) {
+      factor = m.weights[m.order[row]];
+      return row_of<T>(m.dout, m.order[row] / m.k);
+    };
+    const auto right = [&](int64_t row) { return static_cast<const T*>(m.a) + row * m.I; };
+    dw_as<T>(m, m.D, m.I, left, right, static_cast<T*>(dw), static_cast<T*>(dbias), scratch, pointers, begin, end);
+  })
+}
+
+}  // namespace tilewright::cpu::TW_ISA

@@ -1,0 +1,143 @@
+"""What a mixture of experts' kernels may load, for test_traffic.py: formulas in sizes and tiles."""
+
+from math import ceil
+from typing import Any
+
+import torch
+
+ROUTE = ({"T": 70, "E": 60, "K": 4}, {"T": 5, "E": 128, "K": 8, "grouped": True})
+DISPATCH = ({"T": 5, "E": 7, "K": 2}, {"T": 70, "E": 60, "K": 4})
+# of every expert for every token, so that each has as many
+EXPERTS = ({"T": 5, "E": 3, "K": 3, "D": 96, "I": 40}, {"T": 40, "E": 2, "K": 2, "D": 64, "I": 128})
+COMBINE = ({"T": 5, "K": 3, "D": 96}, {"T": 3, "K": 2, "D": 5000})
+
+
+def power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def route_rows(T: int, E: int) -> int:
+    """Rows of a program."""
+    from tilewright.kernels.moe_route import FWD
+
+    return FWD.heuristic(power(T), max(16, power(E)))["BLOCK_M"]
+
+
+def route_loads(e: int, *, T: int, E: int, K: int, grouped: bool = False) -> int:
+    """Logits once, the bias once a block of rows."""
+    return T * E * e + (ceil(T / route_rows(T, E)) * 4 * E if grouped else 0)
+
+
+def route_backward(
+    e: int, *, T: int, E: int, K: int, grouped: bool = False
+) -> tuple[int, int, int, int]:
+    return 0, T * E * e + 12 * T * K, T * E * e, 0
+
+
+def dispatch_counts(T: int, E: int, K: int) -> int:
+    """Numbers of four bytes: how many slots each block has of each expert."""
+    from tilewright.kernels.moe_dispatch import BLOCK
+
+    return ceil(T * K / BLOCK) * E
+
+
+def dispatch_loads(e: int, *, T: int, E: int, K: int) -> int:
+    """Ids twice; the counts, added up, and the totals, once a block."""
+    return 16 * T * K + 12 * dispatch_counts(T, E, K)
+
+
+def dispatch_told(T: int, E: int, K: int) -> int:
+    """Ids again, counts stored and loaded twice, totals."""
+    return 2 * T * K + 4 * dispatch_counts(T, E, K) + 2 * E
+
+
+def combine_loads(e: int, *, T: int, K: int, D: int) -> int:
+    from tilewright.kernels.moe_combine import WHOLE
+
+    return T * K * D * e + 12 * T * K * ceil(D / WHOLE)
+
+
+def combine_backward(e: int, *, T: int, K: int, D: int) -> tuple[int, int, int, int]:
+    """The last offset, which every row asks for."""
+    return 8, 2 * T * K * D * e + 20 * T * K, T * K * D * e + 4 * T * K, 0
+
+
+def tiles(
+    tunable: Any, e: int, T: int, E: int, N: int, K: int
+) -> tuple[dict[str, int], int, int, int]:
+    """A product's tile, its tiles of rows an expert and of columns, and the bytes of offsets its programs load."""
+    from tilewright.kernels._moe import fitted, most_tiles
+
+    t = tunable.heuristic(torch.float32 if e == 4 else torch.bfloat16, power(T), power(N), power(K))
+    t = fitted(t, K)
+    columns = ceil(N / t["BLOCK_N"])
+    return t, ceil(T / t["BLOCK_M"]), columns, 16 * E * columns * most_tiles(T * E, E, t["BLOCK_M"])
+
+
+def products(e: int, T: int, E: int, D: int, I: int) -> dict[str, tuple[Any, ...]]:
+    """Of each product with a weight: as tiles says, and the FLOPs of one."""
+    from tilewright.kernels import _moe_experts_bwd as bwd
+    from tilewright.kernels import moe_experts as fwd
+
+    found = {}
+    for name, tunable, N, K in (
+        ("up", fwd.UP, I, D), ("down", fwd.DOWN, D, I), ("dh", bwd.DH, I, D), ("dx", bwd.DX, D, 2 * I),
+    ):  # fmt: skip
+        t, rows, columns, offsets = tiles(tunable, e, T, E, N, K)
+        area = E * rows * t["BLOCK_M"] * columns * t["BLOCK_N"]
+        found[name] = rows, columns, offsets, 2 * area * ceil(K / t["BLOCK_K"]) * t["BLOCK_K"]
+    return found
+
+
+def experts_between(e: int, *, T: int, E: int, K: int, D: int, I: int) -> int:
+    """Bytes that one launch tells the next: where tokens are, a and y, and the last offset."""
+    P = T * K
+    placed = 24 * P + 8 * (E + 1) + 4 * dispatch_told(T, E, K)
+    return placed + 16 * (E + 1) + 8 + 8 * P + 2 * P * (I + D) * e
+
+
+def summed_loads(e: int, T: int, K: int, D: int) -> int:
+    """As moe_combine's, and the last offset."""
+    from tilewright.kernels.moe_combine import WHOLE
+
+    return combine_loads(e, T=T, K=K, D=D) + 8 * T * ceil(D / WHOLE)
+
+
+def experts_loads(e: int, *, T: int, E: int, K: int, D: int, I: int) -> int:
+    P, of = T * K, products(e, T, E, D, I)
+    (up_rows, up_columns, up_offsets, _), (rows, columns, offsets, _) = of["up"], of["down"]
+    up = up_offsets + up_columns * P * (8 + D * e) + up_rows * 2 * E * I * D * e
+    down = offsets + columns * P * I * e + rows * E * D * I * e
+    return dispatch_loads(e, T=T, E=E, K=K) + up + down + summed_loads(e, T, K, D)
+
+
+def experts_flops(e: int, *, T: int, E: int, K: int, D: int, I: int) -> int:
+    of = products(e, T, E, D, I)
+    return 2 * of["up"][3] + of["down"][3]
+
+
+def experts_backward(
+    e: int, *, T: int, E: int, K: int, D: int, I: int
+) -> tuple[int, int, int, int]:
+    from tilewright.kernels._moe_experts_bwd import DW
+
+    P, of = T * K, products(e, T, E, D, I)
+    (dh_rows, dh_columns, dh_offsets, dh_flops), (rows, columns, offsets, dx_flops) = (
+        of["dh"],
+        of["dx"],
+    )
+    more = (T * D + 8 * P * I + 2 * P * D) * e + 28 * P + 32 * (E + 1) + 8 + 4 * P * dh_columns
+    loaded = dh_offsets + dh_columns * P * (12 + D * e) + dh_rows * E * D * I * e + 2 * P * I * e
+    loaded += offsets + columns * 2 * P * I * e + rows * 2 * E * D * I * e
+    loaded += summed_loads(e, T, K, D)
+    stored = (3 * P * I + P * D + T * D + 3 * E * D * I) * e + 4 * P * dh_columns
+    flops = dh_flops + dx_flops
+    dtype = torch.float32 if e == 4 else torch.bfloat16
+    for N, columns_of, scaled in ((2 * I, D, False), (D, I, True)):
+        t = DW.heuristic(dtype, power(T), power(N), power(columns_of))
+        down, across = ceil(N / t["BLOCK_N"]), ceil(columns_of / t["BLOCK_K"])
+        loaded += down * across * (16 * E + (12 if scaled else 8) * P)
+        loaded += P * (across * N + down * columns_of) * e
+        area = E * down * t["BLOCK_N"] * across * t["BLOCK_K"]
+        flops += 2 * area * ceil(T / t["BLOCK_M"]) * t["BLOCK_M"]
+    return more, loaded, stored, flops
