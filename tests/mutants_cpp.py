@@ -239,7 +239,7 @@ CHANGES: list[tuple] = [
         "moe_route.cpp",
         "moe_route",
         ("  const Vec most = set1(reduce_max(top));", "  const Vec most = set1(0.f);"),
-        ("    sum = sum + p;", "    sum = p;"),
+        ("    return sum + p;", "    return p;"),
         ("values[at - 1] < v; --at", "values[at - 1] <= v; --at"),
         ("    for (; e < end; ++e) show(x[e], e);", ""),
         ("    for (int64_t i = 0; i < best.count; ++i) total += best.values[i];", "    for (int64_t i = 0; i < best.count; ++i) total = best.values[i];"),

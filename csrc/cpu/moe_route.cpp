@@ -42,13 +42,12 @@ void score(const T* row, int64_t E, bool sigmoid, Token& t) {
     top = max(x, top);  // passes over nan, which the sum then is
   }
   const Vec most = set1(reduce_max(top));
-  Vec sum = set1(0.f);
-  for (int64_t j = 0; j < end; j += W) {
+  const auto term = [&](int64_t j, Vec sum) {
     const Vec p = exp(load(logits + j) - most);
     store(s + j, p);
-    sum = sum + p;
-  }
-  const Vec total = set1(reduce_add(sum));
+    return sum + p;
+  };
+  const Vec total = set1(float(row_sum(end, term, [](int64_t, int, Vec sum) { return sum; })));
   for (int64_t j = 0; j < end; j += W) store(s + j, load(s + j) / total);
 }
 
