@@ -3,8 +3,6 @@
 P rows sorted by expert, each a slot's; E experts; M, N, K a product's sizes, M the rows of one expert.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -90,16 +88,6 @@ def space(dtype: torch.dtype, M: int, N: int, K: int) -> list[Config]:
         if (c["BLOCK_M"] + 2 * c["BLOCK_N"]) * c["BLOCK_K"] * dtype.itemsize * c["num_stages"]
         <= 96 << 10
     ]
-
-
-def fitted(config: Config, K: int) -> dict[str, Any]:
-    """config with columns that divide K, where 32 do, or else with a tile whose masked loads, of one number each, do
-    not spill; and FULL."""
-    dividing = K & -K  # the largest power of two that divides it
-    if dividing >= 32:
-        return {**config, "BLOCK_K": min(config["BLOCK_K"], dividing), "FULL": True}
-    small = {name: min(config[name], 64) for name in ("BLOCK_M", "BLOCK_N")}
-    return {**config, **small, "BLOCK_K": 32, "FULL": False}
 
 
 def key_of(x: Tensor, P: int, E: int, N: int, K: int) -> tuple[torch.dtype, int, int, int]:

@@ -18,7 +18,6 @@ from ._moe import (
     KEYS,
     block_of,
     dense,
-    fitted,
     gated,
     heuristic,
     key_of,
@@ -27,7 +26,7 @@ from ._moe import (
     space,
     tile_of,
 )
-from ._tune import Config, Tunable, grid, row_warps, split
+from ._tune import Config, Tunable, fitted, grid, row_warps, split
 from .moe_combine import combined
 
 BIAS_BLOCK = 2048  # features of bias2 that a program takes at once

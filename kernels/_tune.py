@@ -53,6 +53,16 @@ def grid(**values: tuple[int, ...]) -> list[Config]:
     return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
+def fitted(config: Config, K: int) -> dict[str, Any]:
+    """config with a BLOCK_K that divides K, where 32 does, or else with a tile whose masked loads, a number each,
+    do not spill; and FULL, whether it divides K."""
+    dividing = K & -K  # the largest power of two that divides it
+    if dividing >= 32:
+        return {**config, "BLOCK_K": min(config["BLOCK_K"], dividing), "FULL": True}
+    small = {name: min(config[name], 64) for name in ("BLOCK_M", "BLOCK_N")}
+    return {**config, **small, "BLOCK_K": 32, "FULL": False}
+
+
 def split(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """The constexprs and the launch options of a configuration, to compile it offline."""
     options = {name: config[name] for name in OPTIONS if name in config}

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._int8 import codes_of, row_scale, size_of
-from ._tune import Config, Tunable, bucket, grid, row_warps, split
+from ._tune import Config, Tunable, bucket, fitted, grid, row_warps, split
 from .rms_norm import rows_of
 
 ROWS_BLOCK = 4096  # columns of a row that a program of int8_rows takes at once
@@ -103,16 +103,6 @@ def _space(dtype: torch.dtype, M: int, N: int, K: int) -> list[Config]:
     ]
 
 
-def _fitted(config: Config, K: int) -> dict[str, Any]:
-    """config with columns that divide K, where 32 do, or else with a tile whose masked loads, of a byte each, do
-    not spill; and FULL."""
-    dividing = K & -K  # the largest power of two that divides it
-    if dividing >= 32:
-        return {**config, "BLOCK_K": min(config["BLOCK_K"], dividing), "FULL": True}
-    small = {name: min(config[name], 64) for name in ("BLOCK_M", "BLOCK_N")}
-    return {**config, **small, "BLOCK_K": 32, "FULL": False}
-
-
 KEYS = ("dtype", "M", "N", "K")
 PRODUCT = Tunable("int8_linear", ("int8_linear",), KEYS, _heuristic, _space)
 
@@ -153,7 +143,7 @@ def int8_linear(
         return y.zero_() if bias is None else y.copy_(bias.expand(y.shape))
     x, qweight = rows_of(codes), qweight.contiguous()
     sizes = bucket(M, MOST_ROWS), bucket(N, MOST_FEATURES), bucket(K, MOST_FEATURES)
-    config = _fitted(PRODUCT(codes.device, dtype, *sizes), K)
+    config = fitted(PRODUCT(codes.device, dtype, *sizes), K)
     programs = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])
     _int8_linear_kernel[programs](
         x, row_scales.contiguous(), qweight, scales.contiguous(),
@@ -173,7 +163,7 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
     signature |= {"bias_ptr": "*bf16", "y_ptr": "*bf16"}
     signature |= dict.fromkeys(("stride_xm", "stride_qn", "M", "N", "K"), "i32")
     for M, K in ((1, 4096), (64, 4096), (512, 4096), (512, 1000)):
-        block, options = split(_fitted(PRODUCT.heuristic(torch.bfloat16, M, 4096, 4096), K))
+        block, options = split(fitted(PRODUCT.heuristic(torch.bfloat16, M, 4096, 4096), K))
         constants = {"HAS_BIAS": True, **block}
         found.append((_int8_linear_kernel, signature, constants, options))
     rows = {

@@ -19,7 +19,6 @@ from ._moe import (
     KEYS,
     block_of,
     dense,
-    fitted,
     gated,
     heuristic,
     key_of,
@@ -29,7 +28,7 @@ from ._moe import (
     tile_of,
 )
 from ._moe_experts_bwd import moe_experts_bwd
-from ._tune import Tunable, split
+from ._tune import Tunable, fitted, split
 from .moe_combine import combined
 
 __all__ = ["moe_experts_bwd", "moe_experts_fwd", "variants"]

@@ -66,7 +66,8 @@ def tiles(
     tunable: Any, e: int, T: int, E: int, N: int, K: int
 ) -> tuple[dict[str, int], int, int, int]:
     """A product's tile, its tiles of rows an expert and of columns, and the bytes of offsets its programs load."""
-    from tilewright.kernels._moe import fitted, most_tiles
+    from tilewright.kernels._moe import most_tiles
+    from tilewright.kernels._tune import fitted
 
     t = tunable.heuristic(torch.float32 if e == 4 else torch.bfloat16, power(T), power(N), power(K))
     t = fitted(t, K)

@@ -273,7 +273,6 @@ TRITON = [
         ("    y = acc.to(tl.float32) * scale[:, None] * x_scale[None, :]", "    y = acc.to(tl.float32) * x_scale[None, :]"),
         ("            x_mask = x_mask & (start + j < K)[:, None]\n", ""),
         ("        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]", "        y += 0.0"),
-        ("    if dividing >= 32:\n", "    if True:\n"),
     ),
     *of(
         "rms_norm_int8",
@@ -328,6 +327,7 @@ TRITON = [
         ("        total += dout *", "        total = dout *"),
         ("        tl.store(dy_ptr + cols, w * dout, mask=cols < N)", "        tl.store(dy_ptr + cols, dout, mask=cols < N)"),
     ),
+    *of("_tune", "int8_linear", ("    if dividing >= 32:\n", "    if True:\n")),
     *of(
         "_moe",
         "moe_experts",

@@ -54,9 +54,9 @@ def test_ties_go_to_even(dtype, device):
 @pytest.mark.parametrize("K", [1, 40, 70, 96, 4096])
 def test_a_tile_is_as_wide_as_a_matrix_instruction(K):
     """Of 32 columns at least, which the interpreter does not ask for."""
-    from tilewright.kernels import int8_linear
+    from tilewright.kernels._tune import fitted
 
-    config = int8_linear._fitted({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128}, K)
+    config = fitted({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128}, K)
     assert config["BLOCK_K"] >= 32 and not (config["FULL"] and K % config["BLOCK_K"])
 
 

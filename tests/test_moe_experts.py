@@ -108,10 +108,9 @@ def test_not_finite(how, device):
     found = of(ops, placed, **how)(*inputs)
     assert torch.equal(found.isfinite(), expected.isfinite())
     assert found.isfinite().all(1).sum() == 21
-    for side in (found, expected):
-        side.backward(torch.ones_like(side), inputs=inputs[:1])
-    # twice what is there once: the reference's, added to ours
-    assert inputs[0].grad[[0, 1, 2, 4, 5, 6, 8]].isfinite().all()
+    (ours,), (theirs,) = (torch.autograd.grad(out.sum(), inputs[0]) for out in (found, expected))
+    assert ours.isfinite().all(1).sum() >= 21
+    assert torch.equal(ours.isfinite(), theirs.isfinite())
 
 
 def test_no_memory_is_read_that_was_not_written(device):
@@ -230,7 +229,8 @@ def test_some_gradients(device):
         (grad,) = torch.autograd.grad(run(*leaves).square().sum(), leaves[i])
         assert torch.equal(grad, expected)
     with torch.no_grad():
-        assert torch.equal(run(*inputs), run(*(t.requires_grad_() for t in inputs)))
+        alone = run(*inputs)
+    assert torch.equal(alone, run(*inputs))  # which keeps h
 
 
 def test_two_steps_of_training(device):

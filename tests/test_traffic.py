@@ -104,9 +104,10 @@ def quant_flops(e: int, *, M: int, N: int, K: int, bits: int) -> int:
 
 
 def int8_tiles(e: int, M: int, N: int, K: int) -> dict[str, int]:
-    from tilewright.kernels.int8_linear import PRODUCT, _fitted
+    from tilewright.kernels._tune import fitted
+    from tilewright.kernels.int8_linear import PRODUCT
 
-    return _fitted(PRODUCT.heuristic(FP32 if e == 4 else BF16, power(M), power(N), power(K)), K)
+    return fitted(PRODUCT.heuristic(FP32 if e == 4 else BF16, power(M), power(N), power(K)), K)
 
 
 def int8_loads(e: int, *, M: int, N: int, K: int) -> int:
