@@ -1,9 +1,10 @@
-"""attn_implementation="tilewright" and quantization_config=TilewrightConfig(...) for the models of transformers.
+"""attn_implementation="tilewright", experts_implementation="tilewright" and quantization_config=TilewrightConfig(...)
+for the models of transformers.
 
 transformers asks an attention implementation for two functions: one makes the mask, once a forward, the
 other attends, once a layer.  Ours makes ranges of keys of any mask whose rows each see neighbours: causal,
 window, chunk, padding left or right, packed documents.  Other masks (padding between keys) and position
-biases are added to the scores.  Quantisation is told in transformers_quantizer.
+biases are added to the scores.  Quantisation is told in transformers_quantizer, all at once in patch.
 """
 
 from importlib import import_module
@@ -13,16 +14,22 @@ import torch
 from torch import Tensor
 
 from tilewright import ops
+from tilewright.interop._layers import experts
 from tilewright.masks import additive, hull
 
 if TYPE_CHECKING:
     from tilewright.interop.transformers_quantizer import TilewrightConfig, load_quantized
 
 __all__ = [
-    "NAME", "TilewrightConfig", "attention_forward", "attention_mask", "load_quantized",
-    "register_attention", "register_quantizer",
+    "NAME", "TilewrightConfig", "attention_forward", "attention_mask", "experts_forward", "load_quantized",
+    "register_attention", "register_experts", "register_quantizer",
 ]  # fmt: skip
 NAME = "tilewright"
+# by the name of an activation's class
+ACTIVATIONS = {
+    "SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+}  # fmt: skip
 PART = 1 << 22  # elements of a mask that are looked at together
 
 
@@ -35,6 +42,17 @@ def register_attention() -> str:
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+    return NAME
+
+
+def register_experts() -> str:
+    """Make experts_implementation="tilewright" known to transformers; returns that name.
+
+    ImportError where transformers is not installed, or has no interface of experts.
+    """
+    from transformers.integrations.moe import ExpertsInterface
+
+    ExpertsInterface.register(NAME, experts_forward)
     return NAME
 
 
@@ -133,6 +151,30 @@ def attention_forward(
         dropout_p=dropout,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
+
+
+def experts_forward(
+    module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """A mixture's experts: hidden_states [T, D], top_k_index and top_k_weights [T, k] -> [T, D].
+
+    module's are gate_up_proj [E, 2 I, D] and down_proj [E, D, I], with biases or without.  An index of E or more is
+    of experts on other devices, and adds nothing.  ValueError where experts are laid out otherwise (transposed,
+    interleaved, without gates) or gated by something else than silu or gelu.
+    """
+    name, gate = type(module).__name__, getattr(type(module), "_apply_gate", None)
+    act = type(getattr(module, "act_fn", None)).__name__
+    faults = {
+        "are transposed": getattr(module, "is_transposed", False),
+        "are interleaved": not getattr(module, "is_concatenated", True),
+        "have no gates": not getattr(module, "has_gate", True),
+        "gate in a way of their own": gate is not None and gate.__name__ != "_default_apply_gate",
+        f"use {act}": act not in ACTIVATIONS,
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ValueError(f"tilewright: experts of {name} {fault}, which no kernel of ours does")
+    return experts(module, hidden_states, top_k_index, top_k_weights, ACTIVATIONS[act])
 
 
 def _causal(device: torch.device | str, S: int) -> Tensor:
