@@ -1,107 +1,24 @@
 """tilewright.patch: models of transformers compute what they did, on our kernels, and unpatch to the bit."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import tilewright
+from tilewright.bench import harness
+from tilewright.interop import _layers
+from tilewright.interop import patch as interop
 from tilewright.testing import assert_within
 
-transformers = pytest.importorskip("transformers")
-
-from tilewright.interop import _layers, _probe  # noqa: E402
-from tilewright.interop import patch as interop  # noqa: E402
-from tilewright.interop import transformers as implementations  # noqa: E402
-
-SMALL = {
-    "vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128, "head_dim": 16,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-FEW = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
-FAMILIES = {
-    "Mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7},
-    "Qwen3Moe": FEW | {"norm_topk_prob": True},
-    "Qwen2Moe": FEW | {"shared_expert_intermediate_size": 32},
-    "Olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "clip_qkv": 1.0},
-    "DeepseekV3": {
-        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "n_group": 2,
-        "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4,
-    },
-    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7},
-    "Llama": {},
-    "Qwen2": {},
-    "Gemma2": {"sliding_window": 7, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
-    "Phi3": {},
-    "SmolLM3": {"no_rope_layers": [1, 0]},
-}  # fmt: skip
-# of each family: how many layers are of ours, by kind
-COUNTS = {
-    "Mixtral": {
-        "RMSNorm: rms_norm": 5, "attention: attention": 2, "experts: silu_experts": 2,
-        "router: softmax_router": 2,
-    },
-    "Qwen3Moe": {
-        "RMSNorm: rms_norm": 9, "attention: attention": 2, "experts: silu_experts": 2,
-        "router: softmax_router_rounded": 2,
-    },
-    "Qwen2Moe": {
-        "RMSNorm: rms_norm": 5, "attention: attention": 2, "experts: silu_experts": 2,
-        "router: softmax_router_rounded": 2, "MLP: swiglu": 2,
-    },
-    "Olmoe": {
-        "RMSNorm: rms_norm": 9, "attention: attention": 2, "experts: silu_experts": 2,
-        "router: softmax_router_rounded": 2,
-    },
-    "DeepseekV3": {
-        "RMSNorm: rms_norm": 9, "experts: silu_experts": 1, "router: sigmoid_router": 1, "MLP: swiglu": 2,
-    },
-    "GptOss": {"RMSNorm: rms_norm": 5, "router: softmax_router_rounded": 2},
-    "Llama": {"RMSNorm: rms_norm": 5, "attention: attention": 2, "MLP: swiglu": 2},
-    "Qwen2": {"RMSNorm: rms_norm": 5, "attention: attention": 2, "MLP: swiglu": 2},
-    "Gemma2": {"RMSNorm: rms_norm_from_zero": 9, "attention: attention": 2, "MLP: geglu_tanh": 2},
-    "Phi3": {"RMSNorm: rms_norm": 5, "MLP: swiglu_packed": 2},
-    "SmolLM3": {"RMSNorm: rms_norm": 5, "attention: attention": 1, "MLP: swiglu": 2},
-}  # fmt: skip
-MIXTURES = ("Mixtral", "Qwen3Moe", "Olmoe")
-IDS = torch.randint(1, 98, (4, 48), generator=torch.Generator().manual_seed(0))
-
-
-def built(kind: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """A model whose attention and experts are transformers' plainest, with weights that matter."""
-    torch.manual_seed(0)
-    sizes = SMALL | FAMILIES[kind]
-    if kind == "DeepseekV3":
-        del sizes["head_dim"]
-    config = getattr(transformers, f"{kind}Config")(**sizes, attn_implementation="eager")
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6)
-            elif "norm" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-        for name, buffer in model.named_buffers():
-            if name.endswith("correction_bias"):
-                buffer.normal_(std=0.1)
-    return model.to(dtype)
-
-
-def results(model: torch.nn.Module, ids: Tensor = IDS) -> dict[str, Tensor]:
-    """Logits of a training step, and the gradient of every parameter."""
-    model = model.train()
-    model.zero_grad()
-    logits = model(ids).logits
-    torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten()
-    ).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach(), **gradients}
+models = harness.load(Path(__file__).with_name("patch_models.py"))
+FAMILIES = models.FAMILIES
+IDS = models.IDS
+MIXTURES = models.MIXTURES
+built = models.built
+results = models.results
 
 
 def assert_patched_within(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -118,23 +35,6 @@ def assert_patched_within(model: torch.nn.Module, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_logits_and_gradients(kind):
     assert_patched_within(built(kind), torch.float32)
-
-
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_what_is_patched(kind):
-    done = tilewright.patch(built(kind))
-    counts: dict[str, int] = {}
-    for told in done.layers.values():
-        counts[told] = counts.get(told, 0) + 1
-    assert counts == COUNTS[kind]
-    assert done.attention == {"": "tilewright" if kind != "DeepseekV3" else done.attention[""]}
-    if kind == "DeepseekV3":
-        assert done.attention[""].startswith("eager, as DeepseekV3Attention with our kernels: ")
-    if kind not in ("GptOss", "SmolLM3"):
-        assert not done.left
-    printed = str(done)
-    assert printed.startswith(f"{kind}ForCausalLM: {len(done.layers)} layers")
-    assert all(f"{n} x {told}" in printed for told, n in counts.items())
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -266,124 +166,6 @@ def test_hooks_of_accelerate_stay():
     assert norm.forward is hooked and torch.equal(results(model)["logits"], before)
 
 
-class Rescaled(torch.nn.Module):
-    """An RMSNorm but for one line."""
-
-    def __init__(self, like: torch.nn.Module) -> None:
-        super().__init__()
-        self.weight, self.eps = torch.nn.Parameter(like.weight.detach().clone()), 1e-6
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight * 1.002
-
-
-class Clipped(torch.nn.Module):
-    """A SwiGLU whose gates are at most 7."""
-
-    def __init__(self, like: torch.nn.Module) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = like.gate_proj, like.up_proj, like.down_proj
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = torch.nn.functional.silu(self.gate_proj(x)).clamp(max=7)
-        return self.down_proj(gate * self.up_proj(x))
-
-
-class Dropping(torch.nn.Module):
-    """A SwiGLU that drops in training."""
-
-    def __init__(self, like: torch.nn.Module) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = like.gate_proj, like.up_proj, like.down_proj
-        self.dropout = torch.nn.Dropout(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = torch.nn.functional.silu(self.gate_proj(x))
-        return self.dropout(self.down_proj(gate * self.up_proj(x)))
-
-
-class Refusing(Rescaled):
-    def forward(self, x: Tensor) -> Tensor:
-        raise RuntimeError("not today")
-
-
-def test_what_differs_in_one_line_is_left():
-    model = built("Llama")
-    first, second = model.model.layers
-    first.input_layernorm = Rescaled(first.input_layernorm)
-    first.mlp = Clipped(first.mlp)
-    second.input_layernorm = Refusing(second.input_layernorm)
-    second.mlp.forward = lambda x: x
-    done = tilewright.patch(model)
-    assert done.left == {
-        "model.layers.0.input_layernorm": "Rescaled: its forward computes something else",
-        "model.layers.0.mlp": "Clipped: its forward computes something else",
-        "model.layers.1.input_layernorm":
-            "Refusing: its forward cannot be tried: RuntimeError: not today",
-        "model.layers.1.mlp": "its forward was replaced before",
-    }  # fmt: skip
-    assert "left as they were: model.layers.0.mlp: Clipped: " in str(done)
-    tilewright.unpatch(model)
-    assert "forward" in vars(second.mlp)
-
-
-def test_dropout_is_no_kernel_of_ours():
-    model = built("Llama")
-    model.model.layers[0].mlp = Dropping(model.model.layers[0].mlp)
-    assert [*tilewright.patch(model).left] == ["model.layers.0.mlp"]
-    sizes = {k: v for k, v in SMALL.items() if k != "head_dim"}
-    for rate, left in ((0.0, 0), (0.1, 2)):
-        config = transformers.Starcoder2Config(**sizes, residual_dropout=rate)
-        assert len(tilewright.patch(transformers.Starcoder2ForCausalLM(config)).left) == left
-    # that of the probabilities is attention's own
-    config = transformers.LlamaConfig(**SMALL, attention_dropout=0.1)
-    done = tilewright.patch(transformers.LlamaForCausalLM(config))
-    assert not done.left and done.attention == {"": "tilewright"}
-
-
-def test_each_activation_is_told_from_the_others():
-    """The two gelus differ by little."""
-    for name, kind in (("silu", "swiglu"), ("gelu", "geglu"), ("gelu_pytorch_tanh", "geglu_tanh")):
-        config = transformers.LlamaConfig(**SMALL, hidden_act=name)
-        done = tilewright.patch(transformers.LlamaForCausalLM(config))
-        assert done.layers["model.layers.0.mlp"] == f"MLP: {kind}"
-    for name in ("gelu_10", "quick_gelu", "relu"):
-        config = transformers.LlamaConfig(**SMALL, hidden_act=name)
-        done = tilewright.patch(transformers.LlamaForCausalLM(config))
-        assert done.left["model.layers.0.mlp"].endswith("computes something else")
-
-
-def test_a_trial_leaves_no_trace():
-    """Nobody else's random numbers change, and no weight is read."""
-    with torch.device("meta"):
-        model = transformers.MixtralForCausalLM(
-            transformers.MixtralConfig(**SMALL | FAMILIES["Mixtral"])
-        )
-    state = torch.get_rng_state()
-    done = tilewright.patch(model)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert len(done.layers) == 11 and not done.left
-
-
-WHOLE = {
-    "Qwen3": {}, "Mistral": {}, "Gemma": {}, "Granite": {}, "Olmo2": {}, "SmolLM3": {"no_rope_layers": [1, 1]},
-}  # fmt: skip
-TURNING = ("Phi3", "Glm", "Ernie4_5", "Cohere", "GptOss")  # their own way
-
-
-@pytest.mark.parametrize("kind", [*WHOLE, *TURNING])
-def test_families_the_documentation_names(kind):
-    config = getattr(transformers, f"{kind}Config")(**SMALL | WHOLE.get(kind, {}))
-    with torch.device("meta"):
-        model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    done = tilewright.patch(model)
-    assert done.attention == {"": "tilewright"}
-    assert [told for told in done.layers.values()].count("attention: attention") == 2 * (
-        kind in WHOLE
-    )
-    assert not done.left or kind in TURNING
-
-
 class Adapted(torch.nn.Module):
     """A linear layer with an adapter, as PEFT has it."""
 
@@ -426,15 +208,6 @@ def test_adapters(first):
         )
 
 
-def test_a_difference_of_kind_is_without_bound():
-    x = torch.ones(2, 3)
-    assert _probe.difference(x, x) == 0
-    assert _probe.difference((x, None), (x, None)) == 0
-    for ours in (x.double(), x[0], None, (x,), x * torch.nan):
-        assert _probe.difference(ours, x) == torch.inf
-    assert _probe.difference(torch.tensor([1]), torch.tensor([2])) == torch.inf
-
-
 def test_models_inside_a_module_of_ones_own():
     outer = torch.nn.ModuleDict({"policy": built("Llama"), "head": torch.nn.Linear(3, 3)})
     done = tilewright.patch(outer)
@@ -448,42 +221,3 @@ def test_models_inside_a_module_of_ones_own():
 def test_what_is_no_module_raises(call):
     with pytest.raises(TypeError, match=r"patch: model must be a torch\.nn\.Module, not dict"):
         call({})
-
-
-@pytest.mark.parametrize("kind", MIXTURES)
-def test_experts_implementation(kind):
-    """Without patch: transformers' own interface of experts."""
-    implementations.register_experts()
-    model = built(kind)
-    truth, eager = results(copy.deepcopy(model).double()), results(model)
-    model.set_experts_implementation("tilewright")
-    for name, found in results(model).items():
-        assert_within(
-            found.double(), eager[name].double(), truth[name], torch.finfo(torch.float32).eps, name
-        )
-
-
-def test_experts_on_other_devices_add_nothing():
-    experts = built("Mixtral").model.layers[0].mlp.experts
-    x, ids = torch.randn(6, 64), torch.arange(12).view(6, 2) % 5
-    weights = torch.rand(6, 2)
-    away = torch.rand(6, 2) < 0.4
-    with torch.no_grad():
-        found = implementations.experts_forward(experts, x, ids.masked_fill(away, 5), weights)
-        wanted = implementations.experts_forward(experts, x, ids, weights.masked_fill(away, 0))
-    assert torch.equal(found, wanted)
-
-
-def test_experts_of_another_make_raise():
-    implementations.register_experts()
-    model = built("GptOss")
-    model.set_experts_implementation("tilewright")
-    with pytest.raises(
-        ValueError, match="experts of GptOssExperts are transposed, which no kernel"
-    ):
-        model(IDS)
-    config = transformers.Qwen3MoeConfig(**SMALL | FEW, hidden_act="relu")
-    model = transformers.Qwen3MoeForCausalLM(config)
-    model.set_experts_implementation("tilewright")
-    with pytest.raises(ValueError, match="experts of Qwen3MoeExperts use ReLU"):
-        model(IDS)
