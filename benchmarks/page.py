@@ -1,4 +1,5 @@
-"""One self-contained HTML page of the ops on record: losses first, tables, plots over sizes, rooflines.
+"""One self-contained HTML page of the ops on record: losses first, tables, plots over sizes, rooflines; then
+training runs.
 
 python benchmarks/page.py OUT.html [RESULTS]    RESULTS: a folder of <device>/<name>.json; quick runs too
 """
@@ -39,14 +40,24 @@ def op_reports(results: Path) -> list[dict[str, Any]]:
     """Reports of ops whose rows carry bytes and FLOPs, by device and name; make gpu's file is one of each
     op that its rows name."""
     found = []
-    for path in sorted(results.rglob("*.json")):
-        report = json.loads(path.read_text())
+    for report in _all(results):
         ops = dict.fromkeys(row.get("op") for row in report.get("rows", ()))
         for op in ops:
             rows = [row for row in report["rows"] if row.get("op") == op]
             named = {} if op is None else {"name": op, "command": "make gpu"}
             found.append({**report, **named, "rows": rows})
     return [r for r in found if all("flops" in row for row in r["rows"])]
+
+
+def training_reports(results: Path) -> list[dict[str, Any]]:
+    """Reports whose rows are training runs."""
+    return [
+        r for r in _all(results) if r.get("rows") and all("loss_at" in row for row in r["rows"])
+    ]
+
+
+def _all(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(results.rglob("*.json"))]
 
 
 def case(row: dict[str, Any]) -> str:
@@ -151,6 +162,34 @@ def roofline(report: dict[str, Any]) -> str:
     return _image(draw, 4, f"{report['name']}: roofline")
 
 
+def curves(report: dict[str, Any]) -> str:
+    """Loss over steps of every training run, and how evenly its experts were taken, layer by layer."""
+
+    def loss(axes: Axes) -> None:
+        for i, row in enumerate(report["rows"]):
+            steps = [int(step) for step in row["loss_at"]]
+            axes.plot(
+                steps, [*row["loss_at"].values()], ls="-" if i % 2 == 0 else ":", label=row["run"]
+            )
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss, nats")
+        axes.legend(fontsize=8)
+
+    def load(axes: Axes) -> None:
+        rows = report["rows"]
+        for i, row in enumerate(rows):
+            shares = [share for layer in row["load"] for share in layer]
+            at = [x + (i - (len(rows) - 1) / 2) * 0.2 for x in range(len(shares))]
+            axes.bar(at, shares, width=0.2, label=row["run"])
+        axes.axhline(1, color="#888", lw=1)
+        axes.set_xlabel("expert, the layers one after another")
+        axes.set_ylabel("times its share")
+        axes.legend(fontsize=8)
+
+    name = report["name"]
+    return _image(loss, 4, f"{name}: loss") + _image(load, 4, f"{name}: balance of experts")
+
+
 def table(report: dict[str, Any]) -> str:
     """Every row; a rival that was faster is marked."""
     rivals = _rivals(report)
@@ -204,8 +243,8 @@ def about(report: dict[str, Any]) -> str:
     return f'<p class="about">{html.escape(text)}</p>'
 
 
-def page(reports: Sequence[dict[str, Any]]) -> str:
-    """The whole page."""
+def page(reports: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]] = ()) -> str:
+    """The whole page: ops, then training runs."""
     parts = [losses(reports)]
     for report in reports:
         title = f"{report['name']} on {report['device']}"
@@ -214,6 +253,9 @@ def page(reports: Sequence[dict[str, Any]]) -> str:
         if len({row["bytes"] for row in report["rows"] if row["mode"] == "fwd"}) > 1:
             parts.append(sizes(report))
         parts.append(roofline(report))
+    for report in trained:
+        title = f"{report['name']} on {report['device']}"
+        parts += [f"<h2>{html.escape(title)}</h2>", about(report), curves(report)]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>tilewright: measured</title>'
         f"<style>{STYLE}</style><script>{SCRIPT}</script></head><body><h1>tilewright: measured</h1>"
@@ -233,7 +275,7 @@ def main(arguments: Sequence[str]) -> int:
     out = Path(arguments[0])
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(out.name + ".part")
-    draft.write_text(page(reports))
+    draft.write_text(page(reports, training_reports(results)))
     draft.replace(out)
     return 0
 

@@ -182,7 +182,8 @@ def _dw_heuristic(dtype: torch.dtype, M: int, N: int, K: int) -> Config:
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
     rows = 32 if M <= 32 else 64
-    stages = 2 if M <= 32 else 3  # so few rows are one step: a third stage would only spill on sm_120
+    # so few rows are one step: a third stage would only spill on sm_120
+    stages = 2 if M <= 32 else 3
     return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": stages}
 
 

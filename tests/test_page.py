@@ -63,6 +63,22 @@ def test_losses_are_told_first_and_marked(page, results, tmp_path):
     assert not re.search(r'(src|href)="(?!data:)', text)  # nothing from elsewhere
 
 
+def test_training_runs_are_drawn(page, results, tmp_path):
+    about = json.loads((results / "a-cpu/rms_norm.json").read_text())
+    runs = [
+        {"run": name, "loss_at": {"0": 5.5, "25": loss}, "load": [[0.9, 1.1], [1.5, 0.5]]}
+        for name, loss in (("ours & co", 2.0), ("eager", 2.1))
+    ]
+    training = about | {"name": "moe_training", "rows": runs}
+    (results / "a-cpu/moe_training.json").write_text(json.dumps(training))
+    out = tmp_path / "page.html"
+    assert page.main([str(out), str(results)]) == 0
+    text = out.read_text()
+    assert "<h2>moe_training on a-cpu</h2>" in text
+    assert text.count('alt="moe_training: ') == 2
+    assert text.index("moe_training on") > text.index("rms_norm on")
+
+
 def test_what_is_on_record_makes_a_page(page, tmp_path):
     """The project's own results: of each device, and of make gpu's file each op."""
     out = tmp_path / "page.html"
