@@ -3,7 +3,10 @@
 from tilewright.nn import functional
 from tilewright.nn.add_rms_norm import AddRMSNorm
 from tilewright.nn.attention import Attention, KVCache
+from tilewright.nn.experts import Experts
 from tilewright.nn.geglu import GeGLU
+from tilewright.nn.moe import MoE
+from tilewright.nn.moe_router import MoERouter
 from tilewright.nn.multihead_attention import MultiheadAttention
 from tilewright.nn.quant_embedding import QuantEmbedding
 from tilewright.nn.quant_linear import QuantLinear
@@ -14,8 +17,11 @@ from tilewright.nn.swiglu import SwiGLU
 __all__ = [
     "AddRMSNorm",
     "Attention",
+    "Experts",
     "GeGLU",
     "KVCache",
+    "MoE",
+    "MoERouter",
     "MultiheadAttention",
     "QuantEmbedding",
     "QuantLinear",
