@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,6 +14,7 @@ from tilewright.quant.gguf import GGUFFile
 
 MAX_LAYERS = 1 << 16
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+WINDOWED = ("mistral", "mixtral")  # where sliding_window alone says so
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class LlamaConfig:
     eos: tuple[int, ...] = ()
     windows: tuple[int, ...] = ()
 
+    name: ClassVar[str] = "llama"  # in messages
+    model_types: ClassVar[tuple[str, ...]] = MODEL_TYPES
+
     def __post_init__(self) -> None:
         for name in (
             "layers",
@@ -50,7 +54,9 @@ class LlamaConfig:
             "context",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(f"llama: {name} must be 1 or more, not {getattr(self, name)}")
+                raise ValueError(
+                    f"{self.name}: {name} must be 1 or more, not {getattr(self, name)}"
+                )
         sizes = {*self.windows, 0}
         if (
             (self.windows and len(self.windows) != self.layers)
@@ -58,61 +64,62 @@ class LlamaConfig:
             or max(sizes) > MOST
         ):
             raise ValueError(
-                f"llama: {len(self.windows)} windows of {min(sizes)} to {max(sizes)} keys do not fit"
+                f"{self.name}: {len(self.windows)} windows of {min(sizes)} to {max(sizes)} keys do not fit"
                 f" {self.layers} layers"
             )
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"llama: {self.heads} heads do not divide into {self.kv_heads} kv heads"
+                f"{self.name}: {self.heads} heads do not divide into {self.kv_heads} kv heads"
             )
         if self.rope.dim > self.head_dim:
-            raise ValueError(f"llama: rope dim {self.rope.dim} is above head dim {self.head_dim}")
+            raise ValueError(
+                f"{self.name}: rope dim {self.rope.dim} is above head dim {self.head_dim}"
+            )
 
     @classmethod
     def from_folder(cls, config: Mapping[str, Any], path: Path) -> "LlamaConfig":
         """From a Hugging Face config.json."""
         kind = config.get("model_type")
-        if kind not in MODEL_TYPES:
-            known = ", ".join(MODEL_TYPES)
+        if kind not in cls.model_types:
+            known = ", ".join(cls.model_types)
             raise ValueError(f"{path}: unknown architecture {kind!r}; known are {known}")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"{path}: hidden_act {config['hidden_act']!r} is not silu")
-
-        def count(name: str, default: Any = None) -> int:
-            value = config.get(name)
-            if not value and default is not None:
-                return default
-            return whole(name, config[name])
-
         try:
-            heads, hidden = count("num_attention_heads"), count("hidden_size")
-            head_dim = count("head_dim", hidden // max(heads, 1))
-            eos = config.get("eos_token_id")
-            if (path / "generation_config.json").is_file():
-                eos = read_json(path / "generation_config.json").get("eos_token_id", eos)
-            return cls(
-                layers=count("num_hidden_layers"),
-                hidden_size=hidden,
-                ffn_size=count("intermediate_size"),
-                heads=heads,
-                kv_heads=count("num_key_value_heads", heads),
-                head_dim=head_dim,
-                vocab_size=count("vocab_size"),
-                norm_eps=real("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
-                context=count("max_position_embeddings"),
-                rope=Rope.from_config(config, head_dim),
-                qk_norm=kind == "qwen3",
-                windows=_windows(config, kind),
-                eos=tuple(
-                    whole("eos_token_id", i)
-                    for i in (eos if isinstance(eos, list) else [eos])
-                    if i is not None
-                ),
-            )
+            return cls(**cls._sizes(config, path))
         except KeyError as error:
             raise ValueError(f"{path / 'config.json'}: {error.args[0]} is missing") from error
         except ValueError as error:
             raise ValueError(f"{path / 'config.json'}: {error}") from error
+
+    @classmethod
+    def _sizes(cls, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+        """The fields.  Raises KeyError where a size is missing, ValueError where it is none."""
+        kind = config["model_type"]
+        heads, hidden = count(config, "num_attention_heads"), count(config, "hidden_size")
+        head_dim = count(config, "head_dim", hidden // max(heads, 1))
+        eos = config.get("eos_token_id")
+        if (path / "generation_config.json").is_file():
+            eos = read_json(path / "generation_config.json").get("eos_token_id", eos)
+        return {
+            "layers": count(config, "num_hidden_layers"),
+            "hidden_size": hidden,
+            "ffn_size": count(config, "intermediate_size"),
+            "heads": heads,
+            "kv_heads": count(config, "num_key_value_heads", heads),
+            "head_dim": head_dim,
+            "vocab_size": count(config, "vocab_size"),
+            "norm_eps": real("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+            "context": count(config, "max_position_embeddings"),
+            "rope": Rope.from_config(config, head_dim),
+            "qk_norm": kind in ("qwen3", "qwen3_moe"),
+            "windows": _windows(config, kind),
+            "eos": tuple(
+                whole("eos_token_id", i)
+                for i in (eos if isinstance(eos, list) else [eos])
+                if i is not None
+            ),
+        }
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> "LlamaConfig":
@@ -182,19 +189,29 @@ class LlamaConfig:
             raise ValueError(f"{file.path}: {told}") from error
 
 
+def count(config: Mapping[str, Any], name: str, default: Any = None) -> int:
+    """A whole number of a config.json; the default where it is not there, or 0."""
+    value = config.get(name)
+    if not value and default is not None:
+        return default
+    return whole(name, config[name])
+
+
 def _windows(config: Mapping[str, Any], kind: str) -> tuple[int, ...]:
-    """Each layer's window, as transformers has it: of the layers that layer_types names, else of those from
-    max_window_layers on."""
+    """Each layer's window, as transformers has it: of the layers that layer_types names, else of those that the
+    family has them on."""
     window = whole("sliding_window", config.get("sliding_window") or 0)
     layers = whole("num_hidden_layers", config["num_hidden_layers"])
-    if not window or not config.get("use_sliding_window", kind == "mistral"):
+    if not window or not config.get("use_sliding_window", kind in WINDOWED):
         return ()
     if layers > MAX_LAYERS:  # before each gets a number
         raise ValueError(f"num_hidden_layers {layers} is more than {MAX_LAYERS}")
     kinds = config.get("layer_types")
     if kinds is None:
-        first = whole("max_window_layers", config.get("max_window_layers", 0))
-        first = first if kind != "mistral" else 0
+        edge = whole("max_window_layers", config.get("max_window_layers", 0))
+        if kind == "qwen2_moe":  # every other one of the first
+            return tuple(window if i < edge and i % 2 == 0 else 0 for i in range(layers))
+        first = edge if kind in ("qwen2", "qwen3") else 0
         return tuple(window if i >= first else 0 for i in range(layers))
     if not isinstance(kinds, list):
         raise ValueError(f"layer_types must be a list, not {kinds!r}")

@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from tilewright import nn, ops
 from tilewright.models._config import LlamaConfig
+from tilewright.models._decoder import Attending, Cache, norm
 from tilewright.models._rope import RopeTables
 from tilewright.models._sampling import Sampler
 from tilewright.models._tokenizer import TextStream, Tokenizer
@@ -45,42 +46,7 @@ GGUF_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 
-
-class Cache:
-    """Rotated keys, and values, of the positions so far: [L, 2, B, G, capacity, D]."""
-
-    def __init__(
-        self,
-        config: LlamaConfig,
-        batch: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        c = config
-        shape = (c.layers, 2, batch, c.kv_heads, capacity, c.head_dim)
-        self.kv = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-        self._slots: tuple[Tensor, ...] = ()
-        self._windows: tuple[Tensor, ...] = ()
-
-    @property
-    def capacity(self) -> int:
-        return self.kv.shape[4]
-
-    def extend(self, count: int) -> None:
-        """Make room for `count` positions: views of all layers at once, not 4 slices a layer."""
-        start, self.length = self.length, self.length + count
-        by_layer = self.kv.flatten(0, 1)
-        self._slots = by_layer[..., start : self.length, :].unbind()
-        self._windows = by_layer[..., : self.length, :].unbind()
-
-    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v [B, G, S, D] in the room made; all keys and values of the layer."""
-        at = 2 * layer
-        self._slots[at].copy_(k)
-        self._slots[at + 1].copy_(v)
-        return self._windows[at], self._windows[at + 1]
+L = TypeVar("L", bound="Llama")
 
 
 @dataclass(frozen=True)
@@ -100,79 +66,45 @@ class Generation:
     activations: str
 
 
-class Layer(torch.nn.Module):
+class Layer(Attending):
     def __init__(self, config: LlamaConfig, source: Folder | GGUF, index: int) -> None:
-        super().__init__()
-        c, at = config, f"model.layers.{index}"
-        self.index, self.heads, self.kv_heads, self.head_dim = (
-            index,
-            c.heads,
-            c.kv_heads,
-            c.head_dim,
-        )
-        seen = c.windows[index] if c.windows else 0
-        self.window = (seen - 1, -1) if seen else None
-        self.eps, self.rotated, self.scale = c.norm_eps, c.rope.dim, c.head_dim**-0.5
-        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        self.input_norm = _norm(source, f"{at}.input_layernorm", c.hidden_size, c.norm_eps)
-        self.qkv = source.linear(
-            [f"{at}.self_attn.{n}_proj" for n in "qkv"], [q, kv, kv], c.hidden_size,
-            [c.heads, c.kv_heads, 0],
-        )  # fmt: skip
-        self.register_parameter("qk_norm", None)
-        if c.qk_norm:  # one norm's weight for every query head, another's for every key head
-            norms = [source.tensor(f"{at}.self_attn.{n}_norm.weight", (c.head_dim,)) for n in "qk"]
-            each = [norms[0].expand(c.heads, -1), norms[1].expand(c.kv_heads, -1)]
-            self.qk_norm = torch.nn.Parameter(torch.cat(each).unsqueeze(1), requires_grad=False)
-        self.o = source.linear([f"{at}.self_attn.o_proj"], [c.hidden_size], q)
-        self.post_norm = _norm(source, f"{at}.post_attention_layernorm", c.hidden_size, c.norm_eps)
+        super().__init__(config, source, index)
+        c, at = config, f"model.layers.{index}.mlp"
         self.gate_up = source.linear(
-            [f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"], [c.ffn_size] * 2, c.hidden_size
+            [f"{at}.gate_proj", f"{at}.up_proj"], [c.ffn_size] * 2, c.hidden_size
         )
-        self.down = source.linear([f"{at}.mlp.down_proj"], [c.hidden_size], c.ffn_size)
+        self.down = source.linear([f"{at}.down_proj"], [c.hidden_size], c.ffn_size)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
         """x [B, S, E], what the layer before adds to residual [B, S, E] -> the same two."""
-        # straight from the dictionaries: Module.__getattr__ costs a decode step 1 us a time, 180 times
+        x, residual = self.attend(x, residual, cos, sin, cache)
+        n, residual = self.normed("gate_up", x, residual)
         parts: Any = self._modules
-        input_weight = parts["input_norm"]._parameters["weight"]
-        B, S, _ = x.shape
-        n, residual = _normed(parts["qkv"], x, residual, input_weight, self.eps)
-        H, G = self.heads, self.kv_heads
-        qkv = parts["qkv"](n).view(B, S, H + 2 * G, self.head_dim).transpose(1, 2)
-        qk, v = qkv[:, : H + G], qkv[:, H + G :]
-        qk_weight = self._parameters["qk_norm"]
-        if qk_weight is not None:
-            qk = ops.rms_norm(qk, None, self.eps) * qk_weight
-        qk = ops.rope(qk, cos, sin)
-        q, k = qk[:, :H], qk[:, H:]
-        if cache is not None:
-            k, v = cache.store(self.index, k, v)
-        a = ops.attention(q, k, v, causal=True, window=self.window, scale=self.scale)
-        x = parts["o"](a.transpose(1, 2).reshape(B, S, -1))
-        post_weight = parts["post_norm"]._parameters["weight"]
-        n, residual = _normed(parts["gate_up"], x, residual, post_weight, self.eps)
         return parts["down"](ops.swiglu(parts["gate_up"](n))), residual
 
 
 def opened(
-    path: Path, dtype: torch.dtype, device: torch.device, activations: str | None
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    activations: str | None,
+    config_type: type[LlamaConfig] = LlamaConfig,
 ) -> tuple[LlamaConfig, Folder | GGUF, Tokenizer | None]:
     """Sizes, weights and tokeniser of a Hugging Face folder or a GGUF file; raises as from_pretrained does."""
     source: Folder | GGUF
     tokenizer: Tokenizer | None = None
     if path.is_dir():
         source = Folder(path, dtype, device, activations=activations)
-        config = LlamaConfig.from_folder(source.config, path)
+        config = config_type.from_folder(source.config, path)
         if not source.has_linear("lm_head") and source.config.get("tie_word_embeddings") is False:
             raise ValueError(f"{path}: tensor lm_head.weight is missing")
         if (path / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_folder(path)
     else:
         file = GGUFFile(path)
-        config = LlamaConfig.from_gguf(file)
+        config = config_type.from_gguf(file)
         is_interleaved = file.metadata["general.architecture"] == "llama"
         if "tokenizer.ggml.model" in file.metadata:
             tokenizer = Tokenizer.from_gguf(file.metadata, path)
@@ -185,7 +117,13 @@ def opened(
 
 
 class Llama(torch.nn.Module):
-    """The model; from_pretrained makes one.  `tokenizer` is None where the files hold none."""
+    """The model; from_pretrained makes one.  `tokenizer` is None where the files hold none.
+
+    Mixtral has other sizes, and makes other layers of them.
+    """
+
+    config: LlamaConfig
+    config_type: ClassVar[type[LlamaConfig]] = LlamaConfig
 
     def __init__(
         self,
@@ -197,9 +135,9 @@ class Llama(torch.nn.Module):
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()
-        c = self.config = config
+        self.config = c = config
         if max_context is not None and max_context < 1:
-            raise ValueError(f"llama: max_context must be 1 or more, not {max_context}")
+            raise ValueError(f"{c.name}: max_context must be 1 or more, not {max_context}")
         self.context = c.context if max_context is None else min(max_context, c.context)
         self.tokenizer = tokenizer
         self.activations = getattr(source, "activations", "float")
@@ -213,9 +151,9 @@ class Llama(torch.nn.Module):
         for i in range(c.layers):
             if progress is not None:
                 progress(source.nbytes * i // c.layers, source.nbytes)
-            layers.append(Layer(c, source, i))
+            layers.append(self.make_layer(source, i))
         self.layers = torch.nn.ModuleList(layers)
-        self.norm = _norm(source, "model.norm", c.hidden_size, c.norm_eps)
+        self.norm = norm(source, "model.norm", c.hidden_size, c.norm_eps)
         if progress is not None:
             progress(source.nbytes, source.nbytes)
         taken = {m.activations for m in self.modules() if isinstance(m, nn.QuantLinear)}
@@ -223,9 +161,12 @@ class Llama(torch.nn.Module):
             self.activations = "int8"
         self._tables: RopeTables | None = None
 
+    def make_layer(self, source: Folder | GGUF, index: int) -> torch.nn.Module:
+        return Layer(self.config, source, index)
+
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[L],
         path: str | os.PathLike[str],
         *,
         dtype: torch.dtype | None = None,
@@ -233,7 +174,7 @@ class Llama(torch.nn.Module):
         max_context: int | None = None,
         activations: str | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> "Llama":
+    ) -> L:
         """Load a Hugging Face folder or a GGUF file; quantised weights stay quantised.
 
         dtype (float32 on a CPU, bfloat16 on a GPU where None) is that of activations and of weights
@@ -248,12 +189,14 @@ class Llama(torch.nn.Module):
         if dtype is None:
             dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"llama: dtype must be float32, bfloat16 or float16, not {dtype}")
+            raise ValueError(
+                f"{cls.config_type.name}: dtype must be float32, bfloat16 or float16, not {dtype}"
+            )
         if activations not in (None, *ACTIVATIONS):
             raise ValueError(
-                f"llama: activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}"
+                f"{cls.config_type.name}: activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}"
             )
-        config, source, tokenizer = opened(path, dtype, place, activations)
+        config, source, tokenizer = opened(path, dtype, place, activations, cls.config_type)
         return cls(config, source, tokenizer, max_context=max_context, progress=progress).eval()
 
     @property
@@ -274,12 +217,12 @@ class Llama(torch.nn.Module):
         start = 0 if cache is None else cache.length
         if start + S > self.context:
             raise ValueError(
-                f"llama: {start + S} tokens are more than the context of {self.context}"
+                f"{self.config.name}: {start + S} tokens are more than the context of {self.context}"
             )
         if cache is not None:
             if start + S > cache.capacity:
                 raise ValueError(
-                    f"llama: {start + S} tokens are more than the cache's {cache.capacity}"
+                    f"{self.config.name}: {start + S} tokens are more than the cache's {cache.capacity}"
                 )
             cache.extend(S)
         tables = self._tables
@@ -387,23 +330,3 @@ class Llama(torch.nn.Module):
         if self.config.eos or self.tokenizer is None or self.tokenizer.eos is None:
             return self.config.eos
         return (self.tokenizer.eos,)
-
-
-def _normed(
-    linear: torch.nn.Module, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Any, Tensor]:
-    """rms_norm of x + residual as `linear` takes it, and the sum; as int8 at once where it takes that."""
-    if linear.__dict__.get("activations") == "int8_token":
-        given = (x, weight) if residual is None else (x, weight, residual)
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
-            return ops.rms_norm_int8(x, weight, eps, residual=residual)
-    if residual is None:
-        return ops.rms_norm(x, weight, eps), x
-    return ops.add_rms_norm(x, residual, weight, eps)
-
-
-def _norm(source: Folder | GGUF, name: str, size: int, eps: float) -> torch.nn.RMSNorm:
-    norm = nn.RMSNorm(size, eps)
-    weight = source.tensor(f"{name}.weight", (size,))
-    norm.weight = torch.nn.Parameter(weight, requires_grad=False)
-    return norm
