@@ -123,7 +123,8 @@ def _load(
     **kwargs: Any,
 ) -> Any:
     from tilewright import _native
-    from tilewright.models.llama import Llama
+    from tilewright.models import Llama, Mixtral
+    from tilewright.models._tokenizer import read_json
 
     if _native.fault is not None:
         raise ValueError(_native.fault)
@@ -131,8 +132,11 @@ def _load(
         raise FileNotFoundError(f"--model: no file or folder {path}")
     wanted = None if dtype is None else getattr(torch, dtype.value)
     place = _device(device)
+    config = path / "config.json"
+    kind = read_json(config).get("model_type") if config.is_file() else None
+    model = Mixtral if kind in Mixtral.config_type.model_types else Llama
     with _load_bar() as progress:
-        return Llama.from_pretrained(
+        return model.from_pretrained(
             path,
             dtype=wanted,
             device=place,

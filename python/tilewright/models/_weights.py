@@ -26,7 +26,7 @@ class Concat(torch.nn.ModuleList):
         return torch.cat([layer(x) for layer in self], dim=-1)
 
 
-def _frozen(t: Tensor) -> torch.nn.Parameter:
+def frozen(t: Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(t, requires_grad=False)
 
 
@@ -34,8 +34,8 @@ def _dense(weight: Tensor, bias: Tensor | None) -> torch.nn.Linear:
     linear = torch.nn.Linear(1, 1, bias=False, device="meta")  # no initialisation to throw away
     linear.out_features, linear.in_features = weight.shape
     # a parameter stays the same one, which ties an embedding's
-    linear.weight = weight if isinstance(weight, torch.nn.Parameter) else _frozen(weight)
-    linear.bias = None if bias is None else _frozen(bias)  # type: ignore[assignment]
+    linear.weight = weight if isinstance(weight, torch.nn.Parameter) else frozen(weight)
+    linear.bias = None if bias is None else frozen(bias)  # type: ignore[assignment]
     return linear
 
 
@@ -206,6 +206,24 @@ class Folder:
     def embedding(self, name: str, rows: int, columns: int) -> torch.nn.Module:
         """The embedding `name`, [rows, columns]."""
         return _embedding(self.linear([name], [rows], columns), self.dtype)
+
+    def experts(self, name: str, parts: Sequence[str], packed: str, shape: Sequence[int]) -> Tensor:
+        """Matrices of E experts, [E, len(parts) rows, columns] for shape [E, rows, columns]: `name`.packed where it
+        is there, else `name`.e.part of each part and expert e, stacked."""
+        E, rows, columns = shape
+        whole = (E, len(parts) * rows, columns)
+        if self.has(f"{name}.{packed}"):
+            return self.tensor(f"{name}.{packed}", whole)
+        every = [(f"{name}.{e}.{part}", e, i) for e in range(E) for i, part in enumerate(parts)]
+        for each, _, _ in every:  # before a wrong size is allocated
+            if self._is_quantised(each):
+                raise ValueError(f"{self.path}: {each} is quantised, which experts here are not")
+            self._check(f"{each}.weight", (rows, columns))
+        stacked = torch.empty(whole, dtype=self.dtype, device=self.device)
+        for each, e, i in every:
+            weight = self._read(f"{each}.weight", (rows, columns))
+            stacked[e, i * rows : (i + 1) * rows] = weight
+        return stacked
 
     def _is_quantised(self, name: str) -> bool:
         """Whether layer `name` is; one whose weight is a plain float is not."""
