@@ -37,6 +37,7 @@ SHAPES = {  # as `tilewright inspect` takes them
     "attention_varlen": ("4x4x2x64x128",),
     "quant_linear": ("1x512x512x4", "64x512x512x4", "64x512x512x8"),
     "int8_linear": ("64x512x512",),
+    "moe_losses": ("1x64x128x8", "2x64x256x8,sigmoid=1"),
     "moe_route": ("64x128x8", "64x256x8,grouped=1"),
     "moe_dispatch": ("64x128x8",),
     "moe_combine": ("64x8x512",),

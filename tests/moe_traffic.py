@@ -6,6 +6,10 @@ from typing import Any
 import torch
 
 ROUTE = ({"T": 70, "E": 60, "K": 4}, {"T": 5, "E": 128, "K": 8, "grouped": True})
+LOSSES = (
+    {"B": 1, "S": 70, "E": 60, "K": 4},
+    {"B": 3, "S": 5, "E": 128, "K": 8, "sigmoid": True},
+)
 DISPATCH = ({"T": 5, "E": 7, "K": 2}, {"T": 70, "E": 60, "K": 4})
 # of every expert for every token, so that each has as many
 EXPERTS = ({"T": 5, "E": 3, "K": 3, "D": 96, "I": 40}, {"T": 40, "E": 2, "K": 2, "D": 64, "I": 128})
@@ -32,6 +36,39 @@ def route_backward(
     e: int, *, T: int, E: int, K: int, grouped: bool = False
 ) -> tuple[int, int, int, int]:
     return 0, T * E * e + 12 * T * K, T * E * e, 0
+
+
+def losses_sizes(B: int, S: int, E: int, sigmoid: bool) -> tuple[int, int, int, int]:
+    """Sequences, blocks and programs of a sequence that count and add, and blocks of the backward."""
+    from tilewright.kernels.moe_losses import BWD, COLUMNS, COUNT, PROGRAMS
+
+    G, S = (B, S) if sigmoid else (1, B * S)
+    every, back = (
+        ceil(S / tunable.heuristic(power(S), max(16, power(E)))["BLOCK_M"])
+        for tunable in (COUNT, BWD)
+    )
+    return G, ceil(every / ceil(every / ceil(PROGRAMS / G))), ceil(E / COLUMNS), back
+
+
+def losses_told(B: int, S: int, E: int, K: int, sigmoid: bool = False) -> int:
+    """Numbers of four bytes: of blocks, of sequences in eight, both stored and loaded; slopes and totals."""
+    G, blocks, parts, _ = losses_sizes(B, S, E, sigmoid)
+    return 2 * G * blocks * (2 * E + 2) + 4 * G * (parts + E + 2) + G * E + 2
+
+
+def losses_loads(e: int, *, B: int, S: int, E: int, K: int, sigmoid: bool = False) -> int:
+    """Logits and ids once; sums and counts once, squares and tokens for every few experts."""
+    G, blocks, parts, _ = losses_sizes(B, S, E, sigmoid)
+    blocked = 8 * G * blocks * (E + parts)
+    return B * S * (E * e + 8 * K) + blocked + 8 * G * (parts + E + 2)
+
+
+def losses_backward(
+    e: int, *, B: int, S: int, E: int, K: int, sigmoid: bool = False
+) -> tuple[int, int, int, int]:
+    """Slopes, gradients and totals once a block of rows."""
+    G, _, _, blocks = losses_sizes(B, S, E, sigmoid)
+    return 0, B * S * E * e + G * blocks * (4 * E + 16), B * S * E * e, 0
 
 
 def dispatch_counts(T: int, E: int, K: int) -> int:

@@ -72,6 +72,11 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
         ids = torch.tensor([[0, 9], [-1, 63], [5, 5]])
         return ops.moe_route(wide, 2, ids=ids if x.is_contiguous() else far_apart(ids, 0))[0]
 
+    def losses(x: Tensor, spread: bool = False) -> Tensor:
+        """Of ids that are as far apart as rows, if spread."""
+        ids = torch.tensor([[0, 9], [-1, 63], [5, 5]])
+        return torch.stack(ops.moe_losses(x, far_apart(ids, 0) if spread else ids)[:2])
+
     def placed_by(x: Tensor) -> Tensor:
         """Where ids are placed that are as far apart as x's rows."""
         ids = torch.tensor([[0, 9], [-1, 63], [5, 5]])
@@ -104,6 +109,8 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
         "rms_norm_int8 residual": (lambda x: normed(wide, x) + 0 * x.sum(), row, 0),
         "moe_route": (lambda x: ops.moe_route(x, 4)[0], row, 0),
         "moe_route ids": (lambda x: replayed(x) + 0 * x.sum(), row, 0),
+        "moe_losses": (losses, row, 0),
+        "moe_losses ids": (lambda x: losses(x, not x.is_contiguous()), row, 0),
         "moe_dispatch": (lambda x: placed_by(x).sum() + 0 * x.sum(), row, 0),
         "moe_experts x": (lambda x: ops.moe_experts(x, *shares, w13, w2), row, 0),
         "moe_experts w13": (lambda w: ops.moe_experts(wide, *shares, w, w2), w13, 0),
@@ -204,6 +211,7 @@ NAMES = (
     "attention_decode heads", "attention_decode_append_ heads", "attention_decode_append_ value heads",
     "attention_decode_with_lse q",
     "attention_with_lse k", "attention_varlen q", "attention_varlen_with_lse k", "moe_route", "moe_route ids",
+    "moe_losses", "moe_losses ids",
     "moe_dispatch", "moe_combine", "moe_experts x", "moe_experts w13", "moe_experts w2 rows", "moe_experts w2",
 )  # fmt: skip
 

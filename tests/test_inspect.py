@@ -74,6 +74,7 @@ def test_every_op_is_inspected(backward):
         "quant_linear": "4x64x64x4",
         "int8_linear": "4x64x64",
         "rms_norm_int8": "4x64",
+        "moe_losses": "2x4x16x2,sigmoid=1",
         "moe_route": "4x16x2,grouped=1",
         "moe_dispatch": "4x16x2",
         "moe_combine": "4x2x64",

@@ -314,6 +314,28 @@ def test_quant_linear_on_any_layout(data: st.DataObject, dtype: torch.dtype):
     assert same(first, again) and same(before, bits(inputs))
 
 
+@given(data=st.data(), dtype=DTYPES)
+def test_moe_losses_see_layouts_alike(data: st.DataObject, dtype: torch.dtype):
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    leading, E = draw(st.lists(SIZES, max_size=3)), draw(st.sampled_from([1, 2, 7, 60, 200]))
+    logits = rounded(laid_out(draw, (*leading, E)), dtype)
+    near = laid_out(draw, (*leading, draw(st.integers(1, 5)), 2)).detach()
+    ids = (E * near).to(torch.int64)[..., 0]  # some of no expert
+    mask = laid_out(draw, leading).detach() > -0.5 if draw(st.booleans()) else None
+    kwargs = {"scores": draw(st.sampled_from(["softmax", "sigmoid"]))}
+    kwargs["per_sequence"] = len(leading) > 1 and draw(st.booleans())
+    before = bits([logits, ids, mask])
+    first, again = (run(ops.moe_losses, [logits, ids], kwargs | {"mask": mask}) for _ in range(2))
+    assert same(first, again) and same(before, bits([logits, ids, mask]))
+    dense = [None if t is None else t.detach().contiguous() for t in (logits, ids, mask)]
+    dense[0].requires_grad_(logits.requires_grad)
+    assert same(first, run(ops.moe_losses, dense[:2], kwargs | {"mask": dense[2]}))
+    with torch.no_grad():
+        _, _, counts = reference.moe_losses(logits, ids, mask=mask)
+    assert torch.equal(first[2], counts.double())
+
+
 def test_every_op_is_drawn():
     kinds = ("", "_decode", "_varlen")
     family = [f"attention{kind}{more}" for kind in kinds for more in ("", "_with_lse")]
@@ -325,7 +347,7 @@ def test_every_op_is_drawn():
         "int8_rows",
     ]
     others += ["rms_norm_int8"]  # of codes, which a last bit decides
-    others += ["moe_dispatch", "moe_experts"]
+    others += ["moe_dispatch", "moe_experts", "moe_losses"]
     assert sorted([*OPS, *family, *others]) == sorted(ops.__all__)
 
 

@@ -192,6 +192,7 @@ CASES = {
         int8_flops,
     ),
     "rms_norm_int8": (NORM, norm_int8_loads, None),
+    "moe_losses": (moe.LOSSES, moe.losses_loads, None),
     "moe_route": (moe.ROUTE, moe.route_loads, None),
     "moe_dispatch": (moe.DISPATCH, moe.dispatch_loads, None),
     "moe_combine": (moe.COMBINE, moe.combine_loads, None),
@@ -204,6 +205,7 @@ TOLD = {
     "quant_linear": quant_told,
     "int8_linear": lambda M, N, K: M * K // 2 + 2 * M,  # codes and scales, stored and loaded
     "moe_dispatch": moe.dispatch_told,
+    "moe_losses": moe.losses_told,
     "attention": lambda B, H, S, **_: B * H * S,
     "attention_decode": attention.decode_told,
     "attention_varlen": lambda N, H, S, **_: N * S * (H + 2),
@@ -298,6 +300,7 @@ BACKWARD = {
     "rope": (CASES["rope"][0], rope_backward),
     "quant_linear": (CASES["quant_linear"][0], quant_backward),
     "int8_linear": (CASES["int8_linear"][0], int8_backward),
+    "moe_losses": (moe.LOSSES, moe.losses_backward),
     "moe_route": (moe.ROUTE, moe.route_backward),
     "moe_combine": (moe.COMBINE, moe.combine_backward),
     "moe_experts": (moe.EXPERTS, moe.experts_backward),

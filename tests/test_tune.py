@@ -160,6 +160,10 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     ],
     "int8_linear": [{"M": 70, "N": 70, "K": 300}],
     "rms_norm_int8": [{"M": 37, "N": 200}, {"M": 2, "N": 17000}],
+    "moe_losses": [
+        {"B": 1, "S": 37, "E": 60, "K": 4},
+        {"B": 2, "S": 9, "E": 60, "K": 4, "sigmoid": True},
+    ],
     "moe_route": [{"T": 37, "E": 60, "K": 4}],
     "moe_combine": [{"T": 9, "K": 3, "D": 200}],
     "moe_experts": [{"T": 37, "E": 5, "K": 2, "D": 72, "I": 40}],

@@ -1,26 +1,13 @@
-#include "moe_route.h"
-
-#include "rms_norm_row.h"
+#include "moe_row.h"
 
 namespace tilewright::cpu::TW_ISA {
 namespace {
-
-static_assert(MOE_EXPERTS % 16 == 0, "a row padded to whole vectors must fit");
-
-constexpr float NONE = -__builtin_inff();
 
 struct Token {  // rows padded to whole vectors
   float logits[MOE_EXPERTS];  // padded with -inf
   float s[MOE_EXPERTS];       // scores; what they are padded with is 0, or nan in a row of nan
   float ranked[MOE_EXPERTS];
 };
-
-TW_INLINE int64_t padded(int64_t E) { return (E + W - 1) / W * W; }
-
-template <class T>
-TW_INLINE Vec load_some(const T* row, int64_t j, int64_t E, float fill) {
-  return j + W <= E ? load(row + j) : load_n(row + j, int(E - j), fill);
-}
 
 template <class T>
 void score(const T* row, int64_t E, bool sigmoid, Token& t) {

@@ -13,6 +13,7 @@ from tilewright.reference.int8_linear import int8_linear, int8_rows
 from tilewright.reference.moe_combine import moe_combine
 from tilewright.reference.moe_dispatch import moe_dispatch
 from tilewright.reference.moe_experts import moe_experts
+from tilewright.reference.moe_losses import moe_losses
 from tilewright.reference.moe_route import moe_route
 from tilewright.reference.quant_linear import quant_linear
 from tilewright.reference.rms_norm import rms_norm
@@ -36,6 +37,7 @@ __all__ = [
     "moe_combine",
     "moe_dispatch",
     "moe_experts",
+    "moe_losses",
     "moe_route",
     "quant_linear",
     "rms_norm",
