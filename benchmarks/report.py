@@ -69,9 +69,17 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, list) for item in value)
+
+
 def plain_table(report: dict[str, Any]) -> str:
-    """A measurement of its own: its rows as they are, a column for each of their keys."""
-    keys = list(dict.fromkeys(key for row in report["rows"] for key in row))
+    """A measurement of its own: its rows as they are, a column for each of their keys but those of tables, which
+    benchmarks/page.py draws."""
+    tables = {key for row in report["rows"] for key, value in row.items() if _is_table(value)}
+    keys = [
+        key for key in dict.fromkeys(k for row in report["rows"] for k in row) if key not in tables
+    ]
     head = [key.replace("_", " ") for key in keys]
     return markdown(head, [[_cell(row.get(key)) for key in keys] for row in report["rows"]])
 
