@@ -1,6 +1,7 @@
-"""nn.MoE against transformers' blocks of the same weights, and its options against the references."""
+"""nn.MoE against transformers' blocks of the same weights, and its options against the ops."""
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -117,31 +118,68 @@ def test_is_transformers_block(family, exact, dtype, device):
         assert_within(value, bound[name], truth[name], torch.finfo(dtype).eps, name)
 
 
-OPTIONS = {
-    "gelu": {"activation": "gelu", "shared_size": 12},
-    "gelu_tanh": {"activation": "gelu_tanh", "shared_size": 12, "shared_gate": True},
-    "bias": {"bias": True, "limit": 0.4},
-    "one": {"k": 1, "renormalise": False},
-    "all": {"k": E},
-    "groups": {"groups": 2, "group_top": 1, "scale": 3.0},
-    "sigmoid": {"scores": "sigmoid", "renormalise": False, "correction_bias": True},
+ROUTING = {
+    "plain": {},
+    "as they are": {"renormalise": False, "scale": 1.5},
+    "groups": {"groups": 4, "group_k": 2},
+    "groups by one": {"groups": 2, "group_top": 1},
+    "sigmoid": {"scores": "sigmoid"},
+}
+HOW = {
+    "gelu": {"activation": "gelu"},
+    "gelu_tanh": {"activation": "gelu_tanh"},
+    "limit": {"limit": 0.2},
+    "biases": {"bias": True},
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_options(options, device):
-    """By the rule, the references the truth: what they are set to is what the ops are told."""
-    moe = nn.MoE(D, I, E, **{"k": k, **options}, device=device)
+@pytest.mark.parametrize(
+    "routing, how, correction_bias, shared_gate",
+    [
+        *((routing, {}, bias, False) for routing in ROUTING.values() for bias in (False, True)),
+        *(({}, how, False, gate) for how in HOW.values() for gate in (False, True)),
+    ],
+    ids=str,
+)
+def test_options_reach_the_ops(routing, how, correction_bias, shared_gate, device):
+    """To the bit what the ops give where they are told the same."""
+    moe = nn.MoE(
+        D, I, E, k, **routing, **how, correction_bias=correction_bias, shared_size=12, shared_gate=shared_gate,
+        device=device,
+    )  # fmt: skip
+    x, bias = torch.randn(37, D, device=device), moe.gate.e_score_correction_bias
+    if bias is not None:
+        bias.normal_()
+    weights, ids = ops.moe_route(F.linear(x, moe.gate.weight), k, bias=bias, **routing)
+    part, activation = moe.experts, how.get("activation", "silu")
+    y = ops.moe_experts(
+        x, weights, ops.moe_dispatch(ids, E), part.gate_up_proj, part.down_proj,
+        activation=activation, limit=how.get("limit"),
+        bias13=part.gate_up_proj_bias, bias2=part.down_proj_bias,
+    )  # fmt: skip
+    assert (part.down_proj_bias is not None) == how.get("bias", False)
+    gate, up, down = (p.weight for p in moe.shared_expert.children())
+    gate, up = F.linear(x, gate), F.linear(x, up)
+    glu = {
+        "silu": ops.swiglu,
+        "gelu": functools.partial(ops.geglu, approximate="none"),
+        "gelu_tanh": functools.partial(ops.geglu, approximate="tanh"),
+    }[activation]
+    shared = F.linear(glu(gate, up), down)
+    if shared_gate:
+        shared = F.linear(x, moe.shared_expert_gate.weight).sigmoid() * shared
+    assert torch.equal(moe(x), y + shared)
+
+
+def test_float64_runs_the_references(device):
+    moe = nn.MoE(D, I, E, k, bias=True, shared_size=12, device=device)
     x = torch.randn(37, D, device=device)
     found = results(moe, x)
     with eager():
-        bound, truth = results(moe, x), results(copy.deepcopy(moe).double(), x.double())
+        bound = results(moe, x)
+    truth = results(moe.double(), x.double())
     for name, value in found.items():
-        assert_within(value, bound[name], truth[name], torch.finfo(x.dtype).eps, name)
-    plain = nn.MoE(D, I, E, options.get("k", k), device=device)
-    plain.load_state_dict(moe.state_dict(), strict=False)
-    if options not in (OPTIONS["all"],):  # an option that did nothing would pass the above
-        assert not torch.equal(plain(x), moe(x))
+        assert_within(value, bound[name], truth[name], torch.finfo(torch.float32).eps, name)
 
 
 def test_routed_gives_what_losses_need(device):

@@ -21,7 +21,7 @@ class MoERouter(torch.nn.Module):
     router left in float32 (`moe.gate.float()`, as DeepSeek-V3's is) gives float32's.
 
     In training jitter multiplies what the router sees by uniform(1 - jitter, 1 + jitter) (Fedus et al. 2021,
-    arXiv:2101.03961, appendix C), and only that: transformers' Mixtral has its experts see it too.  ValueError
+    arXiv:2101.03961, "input jitter"), and only that: transformers' Mixtral has its experts see it too.  ValueError
     where sizes or options do not fit.
     """
 
