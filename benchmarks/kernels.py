@@ -42,6 +42,7 @@ SHAPES = {  # as `tilewright inspect` takes them
     "moe_dispatch": ("64x128x8",),
     "moe_combine": ("64x8x512",),
     "moe_experts": ("64x8x2x256x128",),
+    "quant_moe_experts": ("64x8x2x256x128x4x128",),
 }
 FORWARD_ONLY = ("attention_decode", "moe_dispatch", "rms_norm_int8")
 TRAFFIC = ("op", "pass", "sizes", "least bytes", "distinct", "loaded", "stored", "FLOPs of dots")

@@ -72,7 +72,8 @@ def _space(BLOCK_N: int) -> list[Config]:
     ]
 
 
-FWD = Tunable("moe_combine_fwd", ("moe_combine", "moe_experts"), ("BLOCK_N",), _heuristic, _space)
+SUMS = ("moe_combine", "moe_experts", "quant_moe_experts")  # who sums a token's rows
+FWD = Tunable("moe_combine_fwd", SUMS, ("BLOCK_N",), _heuristic, _space)
 BWD = Tunable("moe_combine_bwd", ("moe_combine",), ("BLOCK_N",), _heuristic, _space)
 
 

@@ -13,6 +13,10 @@ LOSSES = (
 DISPATCH = ({"T": 5, "E": 7, "K": 2}, {"T": 70, "E": 60, "K": 4})
 # of every expert for every token, so that each has as many
 EXPERTS = ({"T": 5, "E": 3, "K": 3, "D": 96, "I": 40}, {"T": 40, "E": 2, "K": 2, "D": 64, "I": 128})
+QUANT = (
+    {"T": 5, "E": 3, "K": 3, "D": 96, "I": 64, "bits": 4, "group": 32},
+    {"T": 40, "E": 2, "K": 2, "D": 64, "I": 128, "bits": 8, "group": 64},
+)
 COMBINE = ({"T": 5, "K": 3, "D": 96}, {"T": 3, "K": 2, "D": 5000})
 
 
@@ -179,3 +183,86 @@ def experts_backward(
         area = E * down * t["BLOCK_N"] * across * t["BLOCK_K"]
         flops += 2 * area * ceil(T / t["BLOCK_M"]) * t["BLOCK_M"]
     return more, loaded, stored, flops
+
+
+def quant_product(
+    tunable: Any, e: int, T: int, E: int, N: int, K: int, bits: int, group: int
+) -> tuple[dict[str, int], int, int, int]:
+    """A product's tile, tiles of rows an expert, columns' tiles in the weight's rows, and the bytes of that weight a
+    tile of rows loads: codes once, scales and zero-points once a tile."""
+    from tilewright.kernels._quant_moe import finished, tiles_in
+    from tilewright.kernels._quant_weight import SYMMETRIC, ZEROS
+
+    dtype = torch.float32 if e == 4 else torch.bfloat16
+    t = tunable.heuristic(dtype, bits, group, power(T), power(N), power(K))
+    t = finished(t, dtype, group, ZEROS if bits == 4 else SYMMETRIC)
+    tiles = K // group * tiles_in(group, t)
+    return t, ceil(T / t["BLOCK_M"]), tiles, N * (K * bits // 8 + tiles * (4 if bits == 4 else 2))
+
+
+def quant_offsets(t: dict[str, int], T: int, E: int, columns: int) -> int:
+    from tilewright.kernels._moe import most_tiles
+
+    return 16 * E * columns * most_tiles(T * E, E, t["BLOCK_M"])
+
+
+def quant_between(
+    e: int, *, T: int, E: int, K: int, D: int, I: int, bits: int, group: int
+) -> int:  # fmt: skip
+    return experts_between(e, T=T, E=E, K=K, D=D, I=I)
+
+
+def quant_loads(
+    e: int, *, T: int, E: int, K: int, D: int, I: int, bits: int, group: int
+) -> int:  # fmt: skip
+    from tilewright.kernels.quant_moe_experts import DOWN, UP
+
+    P, loaded = T * K, dispatch_loads(e, T=T, E=E, K=K) + summed_loads(e, T, K, D)
+    t, rows, _, weight = quant_product(UP, e, T, E, I, D, bits, group)
+    columns = ceil(I / t["BLOCK_N"])
+    loaded += quant_offsets(t, T, E, columns) + columns * P * (8 + D * e) + rows * E * 2 * weight
+    t, rows, _, weight = quant_product(DOWN, e, T, E, D, I, bits, group)
+    columns = ceil(D / t["BLOCK_N"])
+    return loaded + quant_offsets(t, T, E, columns) + columns * P * I * e + rows * E * weight
+
+
+def quant_flops(
+    e: int, *, T: int, E: int, K: int, D: int, I: int, bits: int, group: int
+) -> int:  # fmt: skip
+    from tilewright.kernels.quant_moe_experts import DOWN, UP
+
+    done = 0
+    for tunable, N, width, products in ((UP, I, D, 2), (DOWN, D, I, 1)):
+        t, rows, tiles, _ = quant_product(tunable, e, T, E, N, width, bits, group)
+        area = E * rows * t["BLOCK_M"] * ceil(N / t["BLOCK_N"]) * t["BLOCK_N"]
+        done += 2 * products * area * tiles * t["BLOCK_K"]
+    return done
+
+
+def quant_backward(
+    e: int, *, T: int, E: int, K: int, D: int, I: int, bits: int, group: int
+) -> tuple[int, int, int, int]:
+    """Of dh and dx the launches' key has N and K of the forward's sense, the tile its own columns."""
+    from tilewright.kernels._quant_moe_experts_bwd import DH, DX
+
+    P, flops, loaded = T * K, 0, summed_loads(e, T, K, D)
+    parts = 0
+    for tunable, N, columns, walked in ((DH, I, I, D), (DX, D, D, 2 * I)):
+        t, rows, tiles, _ = quant_product(
+            tunable, e, T, E, N, walked, bits, group
+        )  # whose tiles are of what is walked
+        tiles = columns // group * ceil(group / t["BLOCK_K"])
+        scales = tiles * (4 if bits == 4 else 2)
+        loaded += rows * E * walked * (columns * bits // 8 + scales)
+        loaded += quant_offsets(t, T, E, tiles) + tiles * P * walked * e
+        area = E * rows * t["BLOCK_M"] * tiles * t["BLOCK_K"]
+        flops += 2 * area * ceil(walked / t["BLOCK_N"]) * t["BLOCK_N"]
+        if tunable is DH:
+            parts, loaded = 4 * P * tiles, loaded + 12 * P * tiles + 2 * P * I * e
+    stored = (2 * P * I + P * D + T * D) * e + parts
+    more = (4 * P * I + 2 * P * D) * e + parts + 8 * P + 16 * (E + 1) + 8
+    return more, loaded, stored, flops
+
+
+# what the forward's launches tell each other
+BETWEEN = {"moe_experts": experts_between, "quant_moe_experts": quant_between}

@@ -86,6 +86,8 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
     shares = torch.rand(3, 1), placed
     one = torch.rand(3, 1), ops.moe_dispatch(torch.zeros(3, 1, dtype=torch.int64), 1)
     w13, w2 = draw(3, 12, 64), draw(3, 64, 6)
+    q13 = QuantTensor(w8.qweight[:36], w8.scales[:36], bits=8)
+    q2 = QuantTensor(w8.qweight.view(-1)[: 192 * 6].view(192, 6), torch.rand(192, 1), bits=8)
 
     return {
         "rms_norm": (lambda x: ops.rms_norm(x, weight), row, 0),
@@ -120,6 +122,7 @@ def cases() -> dict[str, tuple[Callable, Tensor, int]]:
             1,
         ),
         "moe_experts w2": (lambda w: ops.moe_experts(wide, *shares, w13, w), w2, 0),
+        "quant_moe_experts x": (lambda x: ops.quant_moe_experts(x, *shares, q13, q2), row, 0),
         "moe_combine": (lambda x: ops.moe_combine(x, weight[:3, None].float(), placed), row, 0),
         "attention q": (lambda x: ops.attention(x, kv, kv), q, 2),
         "attention k": (lambda x: ops.attention(q, x, kv), kv, 2),
@@ -213,6 +216,7 @@ NAMES = (
     "attention_with_lse k", "attention_varlen q", "attention_varlen_with_lse k", "moe_route", "moe_route ids",
     "moe_losses", "moe_losses ids",
     "moe_dispatch", "moe_combine", "moe_experts x", "moe_experts w13", "moe_experts w2 rows", "moe_experts w2",
+    "quant_moe_experts x",
 )  # fmt: skip
 
 

@@ -130,6 +130,11 @@ NARROW = {"_moe_dispatch_count_kernel", "_moe_dispatch_place_kernel"}
 KNOWN = {
     # the weight becomes wgmma's register operand inside the loop, decoded: the next one waits
     ("_gemm_kernel", 90): "wgmma.mma_async instructions are serialized due to non wgmma",
+    ("_quant_moe_experts_up_kernel", 90): "wgmma.mma_async instructions are serialized due to non",
+    (
+        "_quant_moe_experts_down_kernel",
+        90,
+    ): "wgmma.mma_async instructions are serialized due to non",
 }
 
 

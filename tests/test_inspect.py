@@ -79,6 +79,7 @@ def test_every_op_is_inspected(backward):
         "moe_dispatch": "4x16x2",
         "moe_combine": "4x2x64",
         "moe_experts": "4x4x2x32x32",
+        "quant_moe_experts": "4x4x2x32x32x4x32",
         "attention": "1x2x1x32x32x64",
         "attention_decode": "2x2x1x32x64x16",
         "attention_varlen": "2x2x1x32x64",

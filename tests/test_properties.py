@@ -347,7 +347,7 @@ def test_every_op_is_drawn():
         "int8_rows",
     ]
     others += ["rms_norm_int8"]  # of codes, which a last bit decides
-    others += ["moe_dispatch", "moe_experts", "moe_losses"]
+    others += ["moe_dispatch", "moe_experts", "moe_losses", "quant_moe_experts"]
     assert sorted([*OPS, *family, *others]) == sorted(ops.__all__)
 
 

@@ -197,6 +197,7 @@ CASES = {
     "moe_dispatch": (moe.DISPATCH, moe.dispatch_loads, None),
     "moe_combine": (moe.COMBINE, moe.combine_loads, None),
     "moe_experts": (moe.EXPERTS, moe.experts_loads, moe.experts_flops),
+    "quant_moe_experts": (moe.QUANT, moe.quant_loads, moe.quant_flops),
 }
 # four bytes that a forward tells of its rows, or is told: how many
 TOLD = {
@@ -227,8 +228,8 @@ def test_forward(op, sizes, dtype, interpreter):
     least, _ = bench.cost(dtype, **sizes)
     if op in TOLD:
         least += 4 * TOLD[op](**sizes)
-    if op == "moe_experts":
-        least += moe.experts_between(dtype.itemsize, **sizes)
+    if op in moe.BETWEEN:
+        least += moe.BETWEEN[op](dtype.itemsize, **sizes)
     loaded = sum(launch.bytes_loaded for launch in launches)
     stored = sum(launch.bytes_stored for launch in launches)
     distinct = sum(
@@ -304,6 +305,7 @@ BACKWARD = {
     "moe_route": (moe.ROUTE, moe.route_backward),
     "moe_combine": (moe.COMBINE, moe.combine_backward),
     "moe_experts": (moe.EXPERTS, moe.experts_backward),
+    "quant_moe_experts": (moe.QUANT, moe.quant_backward),
     "attention": (CASES["attention"][0], attention.attention_backward),
     "attention_varlen": (CASES["attention_varlen"][0], attention.varlen_backward),
 }

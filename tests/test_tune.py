@@ -167,6 +167,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     "moe_route": [{"T": 37, "E": 60, "K": 4}],
     "moe_combine": [{"T": 9, "K": 3, "D": 200}],
     "moe_experts": [{"T": 37, "E": 5, "K": 2, "D": 72, "I": 40}],
+    "quant_moe_experts": [{"T": 37, "E": 5, "K": 2, "D": 96, "I": 64, "bits": 4, "group": 32}],
 }
 
 

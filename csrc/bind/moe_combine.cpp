@@ -1,8 +1,5 @@
 // tilewright::moe_combine_fwd and moe_combine_bwd on the CPU.
-#include "../cpu/moe_combine.h"
-
 #include "moe_rows.h"
-#include "rms_norm.h"
 
 namespace tilewright {
 
@@ -16,19 +13,10 @@ static void check(const Tensor& y, const Tensor& weights, int64_t slots) {
 static Tensor moe_combine_fwd(const Tensor& y, const Tensor& weights, const Tensor& rows) {
   check(y, weights, rows.numel());
   const Tensor given = moe_indices("moe_combine", "rows", rows, -1, y.size(0)), w = weights.to(at::kFloat).contiguous();
-  const int64_t k = rows.size(-1), d = y.size(1);
   at::DimVector sizes(rows.sizes());
-  sizes.back() = d;
+  sizes.back() = y.size(1);
   Tensor out = at::empty(sizes, y.options());
-  const RowView view(y);
-  const auto dtype = dtype_of(y, "moe_combine", "y");
-  const float* weight = w.const_data_ptr<float>();
-  const int64_t* row = given.const_data_ptr<int64_t>();
-  void* to = out.mutable_data_ptr();
-  const auto f = TW_PICK(moe_combine_fwd);
-  at::parallel_for(0, d == 0 ? 0 : out.numel() / d, row_grain(k * d), [&](int64_t begin, int64_t end) {
-    f(view.rows, weight, row, to, dtype, k, d, begin, end);
-  });
+  moe_sum(y, w.const_data_ptr<float>(), given, out);
   return out;
 }
 

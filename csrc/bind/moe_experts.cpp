@@ -1,23 +1,11 @@
 // tilewright::moe_experts_fwd and moe_experts_bwd on the CPU.
-#include "../cpu/moe_experts.h"
-
-#include "../cpu/moe_combine.h"
 #include "moe_rows.h"
-#include "rms_norm.h"
 
 namespace tilewright {
 namespace {
 
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
-
-cpu::Gated gated(c10::string_view activation) {
-  if (activation == "silu") return cpu::Gated::SILU;
-  if (activation == "gelu") return cpu::Gated::GELU;
-  TORCH_CHECK_VALUE(activation == "gelu_tanh", "moe_experts: activation ", activation,
-                    " is none of silu, gelu, gelu_tanh");
-  return cpu::Gated::GELU_TANH;
-}
 
 // What both passes are given, in the form cpu::Experts has it.
 struct Given {
@@ -30,7 +18,7 @@ struct Given {
         const Tensor& w13, const Tensor& w2, const OptTensor& bias13, const OptTensor& bias2,
         c10::string_view activation, double limit) {
     m.dtype = dtype_of(x, "moe_experts", "x");
-    m.act = gated(activation);
+    m.act = moe_activation("moe_experts", activation);
     m.limit = float(limit);
     TORCH_CHECK_VALUE(x.dim() > 0 && w13.dim() == 3 && w2.dim() == 3 && w2.size(1) == x.size(-1) &&
                           w13.sizes() == at::IntArrayRef({w2.size(0), 2 * w2.size(2), w2.size(1)}),
@@ -86,16 +74,6 @@ void over(int64_t n, int64_t work, F f) {
   at::parallel_for(0, blocks_of(n), row_grain(work * cpu::MOE_COLUMNS / 4), f);
 }
 
-// out [T, D] of y [P, D], summed with weights [P].
-void combine(const Given& g, const Tensor& y, const float* weights, Tensor& out) {
-  const RowView view(y);
-  const int64_t* rows = g.rows.const_data_ptr<int64_t>();
-  void* to = out.mutable_data_ptr();
-  const auto f = TW_PICK(moe_combine_fwd);
-  at::parallel_for(0, g.m.D == 0 ? 0 : out.numel() / g.m.D, row_grain(g.m.k * g.m.D),
-                   [&](int64_t begin, int64_t end) { f(view.rows, weights, rows, to, g.m.dtype, g.m.k, g.m.D, begin, end); });
-}
-
 std::tuple<Tensor, Tensor> moe_experts_fwd(const Tensor& x, const Tensor& weights, const Tensor& order,
                                            const Tensor& rows, const Tensor& offsets, const Tensor& w13,
                                            const Tensor& w2, const OptTensor& bias13, const OptTensor& bias2,
@@ -109,7 +87,7 @@ std::tuple<Tensor, Tensor> moe_experts_fwd(const Tensor& x, const Tensor& weight
   const auto up = TW_PICK(moe_experts_up), down = TW_PICK(moe_experts_down);
   over(m.I, 2 * g.here() * m.D, [&](int64_t begin, int64_t end) { up(m, begin, end); });
   over(m.D, g.here() * m.I, [&](int64_t begin, int64_t end) { down(m, begin, end); });
-  combine(g, y, m.weights, out);
+  moe_sum(y, m.weights, g.rows, out);
   return {std::move(out), std::move(h)};
 }
 
@@ -149,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_bwd(
       Tensor scratch = floats(2 * cpu::MOE_ROWS * m.I);
       f_dx(m, scratch.mutable_data_ptr<float>(), begin, end);
     });
-    combine(g, each, ones.const_data_ptr<float>(), dx);
+    moe_sum(each, ones.const_data_ptr<float>(), g.rows, dx);
   }
   int64_t most = 0;  // rows of an expert
   for (int64_t e = 0; e < m.E; ++e) most = std::max(most, m.offsets[e + 1] - m.offsets[e]);

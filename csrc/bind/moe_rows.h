@@ -1,10 +1,20 @@
 // Which row is whose, checked: what moe_combine and moe_experts are told by moe_dispatch.
+// And what the experts' bindings share besides: the activation, the sum of a token's rows.
 #pragma once
 #include <vector>
 
-#include "common.h"
+#include "../cpu/moe_combine.h"
+#include "../cpu/moe_experts.h"
+#include "rms_norm.h"
 
 namespace tilewright {
+
+inline cpu::Gated moe_activation(const char* op, c10::string_view activation) {
+  if (activation == "silu") return cpu::Gated::SILU;
+  if (activation == "gelu") return cpu::Gated::GELU;
+  TORCH_CHECK_VALUE(activation == "gelu_tanh", op, ": activation ", activation, " is none of silu, gelu, gelu_tanh");
+  return cpu::Gated::GELU_TANH;
+}
 
 // Contiguous int64 from `least` up to, not including, `most`.
 inline at::Tensor moe_indices(const char* op, const char* name, const at::Tensor& t, int64_t least, int64_t most) {
@@ -38,6 +48,19 @@ inline at::Tensor moe_offsets(const char* op, const at::Tensor& t, int64_t slots
   for (int64_t e = 1; e < dense.numel(); ++e)
     TORCH_CHECK_VALUE(p[e - 1] <= p[e], op, ": offsets fall from ", p[e - 1], " to ", p[e]);
   return dense;
+}
+
+// out [..., D] of y [P, D], summed with weights [P] by slot; rows [..., k] as moe_dispatch's.
+inline void moe_sum(const at::Tensor& y, const float* weights, const at::Tensor& rows, at::Tensor& out) {
+  const RowView view(y);
+  const cpu::DType dtype = dtype_of(y, "moe_combine", "y");
+  const int64_t D = y.size(1), k = rows.size(-1);
+  const int64_t* from = rows.const_data_ptr<int64_t>();
+  void* to = out.mutable_data_ptr();
+  const auto f = TW_PICK(moe_combine_fwd);
+  at::parallel_for(0, D == 0 ? 0 : out.numel() / D, row_grain(k * D), [&](int64_t begin, int64_t end) {
+    f(view.rows, weights, from, to, dtype, k, D, begin, end);
+  });
 }
 
 }  // namespace tilewright

@@ -16,6 +16,7 @@ from tilewright.ops.moe_experts import moe_experts
 from tilewright.ops.moe_losses import moe_losses
 from tilewright.ops.moe_route import moe_route
 from tilewright.ops.quant_linear import quant_linear
+from tilewright.ops.quant_moe_experts import quant_moe_experts
 from tilewright.ops.rms_norm import rms_norm
 from tilewright.ops.rms_norm_int8 import rms_norm_int8
 from tilewright.ops.rope import rope
@@ -40,6 +41,7 @@ __all__ = [
     "moe_losses",
     "moe_route",
     "quant_linear",
+    "quant_moe_experts",
     "rms_norm",
     "rms_norm_int8",
     "rope",

@@ -1,0 +1,216 @@
+"""quant_moe_experts: validate, tilewright::quant_moe_experts_{fwd,bwd}, autograd for x and the router's weights.
+
+P slots, T tokens with k each; E experts, D features, I intermediate ones.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tilewright import _op
+from tilewright.expert_rows import ExpertRows
+from tilewright.ops.moe_experts import ACTIVATIONS
+from tilewright.ops.moe_route import MOST_EXPERTS
+from tilewright.quant_tensor import QuantTensor
+
+_PLACED = "Tensor weights, Tensor order, Tensor rows, Tensor offsets"
+# nested: none, or code [256], scales and offset [] of scales that are uint8; order2 [I] int32, of w2's columns
+_WEIGHTS = ", ".join(
+    f"Tensor qweight{n}, Tensor scales{n}, Tensor? zeros{n}, Tensor? minima{n}, Tensor? codebook{n},"
+    f" Tensor[] nested{n}, int bits{n}"
+    for n in (13, 2)
+)
+_ARGS = f"{_PLACED}, {_WEIGHTS}, Tensor? order2"
+
+
+def _fwd_fake(x: Tensor, weights: Tensor, order: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    offsets, qweight13, save = args[1], args[2], args[-1]
+    width = qweight13.shape[0] // (offsets.shape[0] - 1)
+    return x.new_empty(x.shape), x.new_empty(order.shape[0] if save else 0, width)
+
+
+def _bwd_fake(dout: Tensor, h: Tensor, weights: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    of_x, of_weights = args[-1]
+    return (
+        dout.new_empty(dout.shape if of_x else 0),
+        weights.new_empty(weights.shape if of_weights else 0),
+    )
+
+
+_fwd = _op.register(
+    "quant_moe_experts",
+    f"quant_moe_experts_fwd(Tensor x, {_ARGS}, Tensor? bias13, Tensor? bias2, str activation, float limit,"
+    " bool save) -> (Tensor, Tensor)",
+    fake=_fwd_fake,
+)
+_bwd = _op.register(
+    "quant_moe_experts",
+    f"quant_moe_experts_bwd(Tensor dout, Tensor h, {_ARGS}, Tensor? bias2, str activation, float limit,"
+    " bool[2] wanted) -> (Tensor, Tensor)",
+    fake=_bwd_fake,
+)
+
+
+class _How(NamedTuple):
+    activation: str
+    limit: float  # inf: none
+    bits: tuple[int, int]  # of w13 and of w2
+    nested: tuple[bool, bool]
+
+
+def _parts(w: QuantTensor) -> tuple[list[Tensor | None], list[Tensor]]:
+    """The weight as the operators take one, and its nested scales."""
+    scales, nested = w.scales, [] if w.nested is None else [*w.nested]
+    if nested and (w.zeros is not None or w.minima is not None):  # uint8 as the scales are
+        scales, nested = w.plain_scales(), []
+    return [w.qweight, scales, w.zeros, w.minima, w.codebook], nested
+
+
+def _weights(how: _How, parts: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Operators' arguments of order2, five tensors of w13 and of w2, and what nested scales they have."""
+    order2, *rest = parts
+    fives, nested = (rest[:5], rest[5:10]), rest[10:]
+    mid = 3 * how.nested[0]
+    (five13, five2), (bits13, bits2) = fives, how.bits
+    return *five13, nested[:mid], bits13, *five2, nested[mid:], bits2, order2
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, how: _How, placed: ExpertRows, x: Tensor, weights: Tensor, bias13: Tensor | None,
+        bias2: Tensor | None, *parts: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        given = _weights(how, parts)
+        out, h = _fwd(x, weights, *placed, *given, bias13, bias2, how.activation, how.limit, True)
+        ctx.save_for_backward(h, weights, *placed, bias2, *parts)
+        ctx.how = how
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        how, wanted = ctx.how, ctx.needs_input_grad[2:4]
+        h, weights, order, rows, offsets, bias2, *parts = ctx.saved_tensors
+        grads = _bwd(
+            dout, h, weights, order, rows, offsets, *_weights(how, parts), bias2, how.activation, how.limit, wanted
+        )  # fmt: skip
+        given = (g if want else None for g, want in zip(grads, wanted, strict=True))
+        return None, None, *given, *[None] * (2 + len(parts))
+
+
+def _check(
+    x: Tensor, weights: Tensor, placed: ExpertRows, w13: QuantTensor, w2: QuantTensor, bias13: Tensor | None,
+    bias2: Tensor | None,
+) -> None:  # fmt: skip
+    op = "quant_moe_experts"
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"{op}: x must be floating point [..., D], not {x.dtype} {tuple(x.shape)}")
+    for name, w in (("w13", w13), ("w2", w2)):
+        if not isinstance(w, QuantTensor):
+            raise ValueError(f"{op}: {name} must be a QuantTensor, not {type(w).__name__}")
+        if w.device != x.device:
+            raise ValueError(f"{op}: {name} on {w.device}, x on {x.device}")
+    slots, D, E = weights.numel(), x.shape[-1], placed.offsets.numel() - 1
+    if not 1 <= E <= MOST_EXPERTS:
+        raise ValueError(
+            f"{op}: offsets {tuple(placed.offsets.shape)} must be of 1 to {MOST_EXPERTS} experts"
+        )
+    N13, K13 = w13.shape
+    if K13 != D or N13 % (2 * E) or N13 == 0:
+        raise ValueError(f"{op}: w13 {tuple(w13.shape)} must be [2 I, {D}] of each of {E} experts")
+    I = N13 // (2 * E)
+    if w2.shape != (E * D, I):
+        raise ValueError(f"{op}: w2 {tuple(w2.shape)} must be {(E * D, I)}, of {E} experts")
+    if weights.dim() != x.dim() or weights.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"{op}: weights {tuple(weights.shape)} must be [..., k] for x {tuple(x.shape)}"
+        )
+    if not weights.is_floating_point():
+        raise ValueError(f"{op}: weights must be floating point, not {weights.dtype}")
+    shapes = {"order": (slots,), "rows": weights.shape, "offsets": (E + 1,)}
+    for name, t in placed._asdict().items():
+        if t.shape != shapes[name] or t.dtype != torch.int64:
+            raise ValueError(
+                f"{op}: {name} {t.dtype} {tuple(t.shape)} must be int64 {tuple(shapes[name])},"
+                " as moe_dispatch's"
+            )
+    biases = {"bias13": (bias13, (E, 2 * I)), "bias2": (bias2, (E, D))}
+    for name, (b, shape) in biases.items():
+        if b is not None and (b.shape != shape or b.dtype != x.dtype):
+            raise ValueError(
+                f"{op}: {name} {b.dtype} {tuple(b.shape)} must be {x.dtype} {shape}, as x"
+            )
+        if b is not None and b.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} is frozen as the weights are, and has no gradient")
+    others = {"bias13": bias13, "bias2": bias2, "weights": weights, **placed._asdict()}
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: {name} on {t.device}, x on {x.device}")
+
+
+def quant_moe_experts(
+    x: Tensor,
+    weights: Tensor,
+    placed: ExpertRows,
+    w13: QuantTensor,
+    w2: QuantTensor,
+    *,
+    activation: str = "silu",
+    limit: float | None = None,
+    bias13: Tensor | None = None,
+    bias2: Tensor | None = None,
+) -> Tensor:
+    """Each token's experts, of 4- or 8-bit weights, and the weighted sum of what they give.
+
+    x [..., D], weights [..., k] with moe_dispatch's rows, w13 [E 2 I, D] and w2 [E D, I], the experts' rows one below
+    the other, in each of w13's the gates' and then the ups' -> [..., D] of x's dtype: moe_experts of the dequantised
+    weights.  Products are summed in float32; weights are rounded to x's dtype where tensor cores multiply them.  An
+    order of the columns (act-order) is all experts'.  A code book of 8 bits runs on the reference.
+
+    Only gate and up [P, 2 I] are kept for the backward.  Gradients reach x and weights; w13, w2 and the biases are
+    frozen.  Autocast casts x and the biases.  ValueError where shapes, dtypes or devices do not fit, or a bias asks
+    for a gradient.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"quant_moe_experts: activation {activation!r} is none of {', '.join(ACTIVATIONS)}"
+        )
+    if limit is not None and not limit > 0:
+        raise ValueError(f"quant_moe_experts: limit {limit} must be above 0")
+    kind = _op.autocast_dtype(_op.device_type(x))
+    if kind is not None:
+        x = _op.autocast(x, kind)
+        bias13, bias2 = (None if t is None else _op.autocast(t, kind) for t in (bias13, bias2))
+    _check(x, weights, placed, w13, w2, bias13, bias2)
+    wide_book = any(w.codebook is not None and w.bits == 8 for w in (w13, w2))
+    served = _op.serves("quant_moe_experts", x) and weights.dtype in _op.FLOATS
+    if wide_book or not served:
+        return _op.twin("quant_moe_experts")(
+            x,
+            weights,
+            placed,
+            w13,
+            w2,
+            activation=activation,
+            limit=limit,
+            bias13=bias13,
+            bias2=bias2,
+        )
+    if w13.order is not None:
+        x = x.index_select(-1, w13.order)
+    (five13, nested13), (five2, nested2) = _parts(w13), _parts(w2)
+    parts = w2.order, *five13, *five2, *nested13, *nested2
+    how = _How(
+        activation,
+        float("inf") if limit is None else float(limit),
+        (w13.bits, w2.bits),
+        (bool(nested13), bool(nested2)),
+    )
+    if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
+        return _Experts.apply(how, placed, x, weights, bias13, bias2, *parts)
+    given = _weights(how, parts)
+    return _fwd(x, weights, *placed, *given, bias13, bias2, activation, how.limit, False)[0]
