@@ -285,137 +285,7 @@ TRITON = [
         ("        y *= tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + offset", "        y = y"),
         ("            tl.store(h_ptr + cols, h, mask=cols < N)\n", "            pass\n"),
     ),
-    *of(
-        "moe_route",
-        "moe_route",
-        ("        s = p / tl.sum(p, axis=1)[:, None]", "        s = p"),
-        ("    x = tl.where(x != x, float(\"-inf\"), x) + 0.0  # -0 is 0", "    x = tl.where(x != x, float(\"-inf\"), x)"),
-        ("    x = tl.where(x != x, float(\"-inf\"), x) + 0.0  # -0 is 0", "    x = x + 0.0"),
-        ("    return tl.where(cols < N, (order << 32) | (BLOCK - 1 - cols), LEAST)", "    return (order << 32) | (BLOCK - 1 - cols)"),
-        ("            total += tl.sum(tl.where(hit, x, 0.0), axis=1)", "            total = tl.sum(tl.where(hit, x, 0.0), axis=1)"),
-        ("        kept = kept | (group == best)", "        kept = group == best"),
-        ("            ranks = tl.where(kept, ranks, LEAST)", "            ranks = ranks"),
-        ("            x = s + tl.load(bias_ptr + cols, mask=cols < E, other=0.0).to(tl.float32)", "            x = s"),
-        ("        weights = weights / (total + 1e-20)[:, None]", "        weights = weights / total[:, None]"),
-        ("    tl.store(weights_ptr + to, weights * scale, mask=mask)", "    tl.store(weights_ptr + to, weights, mask=mask)"),
-        ("        ds = tl.where(taken > 0.0, (ds - taken * dot[:, None]) / total[:, None], 0.0)", "        ds = tl.where(taken > 0.0, (ds - dot[:, None]) / total[:, None], 0.0)"),
-        ("        ds = tl.where(taken > 0.0, (ds - taken * dot[:, None]) / total[:, None], 0.0)", "        ds = ds / total[:, None]"),
-        ("    ds *= scale\n", ""),
-        ("        ds -= tl.sum(ds * s, axis=1)[:, None]", "        ds = ds"),
-        ("        dx *= 1.0 - s", "        dx = dx"),
-    ),
-    *of(
-        "moe_losses",
-        "moe_losses",
-        ("        counted = inside & (tl.load(mask_ptr + rows, mask=inside, other=0) != 0)", "        counted = inside"),
-        ('    most = tl.where(tl.abs(most) == float("inf"), 0.0, most)', "    most = most"),
-        ("most + tl.log(total)", "tl.log(total)"),
-        ("    least = tl.minimum(most, 0.0)[:, None]", "    least = 0.0 * most[:, None]"),
-        ("tl.where(away > FAR, 1.0, away * s)", "away * s"),
-        ("        first = (block * tiles + tile) * BLOCK_M", "        first = block * tiles * BLOCK_M"),
-        ("            i = tl.where((i >= 0) & (i < E), i, -1).to(tl.int32)", "            i = i.to(tl.int32)"),
-        ("            counts += (cols", "            counts = (cols"),
-        ("            p, _ = _sigmoid(x, most)", "            p = p"),
-        ("        sums += tl.where(counted[:, None], p, 0.0)", "        sums = tl.where(counted[:, None], p, 0.0)"),
-        ("        sums += tl.where(counted[:, None], p, 0.0)", "        sums += p"),
-        ("        squares += tl.where(counted, lse * lse, 0.0)", "        squares += tl.where(counted, lse, 0.0)"),
-        ("        tokens += counted.to(tl.int32)", "        tokens = counted.to(tl.int32)"),
-        ("        sums += tl.sum(tl.load(sums_ptr", "        sums = tl.sum(tl.load(sums_ptr"),
-        (" * E / (some * some)", " * E / some"),
-        ("        active += (n > 0).to(tl.int64)", "        active += (n >= 0).to(tl.int64)"),
-        ("        active += (n > 0).to(tl.int64)", "        active = (n > 0).to(tl.int64)"),
-        ("    balance = tl.sum(tl.sum(shares, axis=1), axis=0) / tl.maximum(A, 1.0)", "    balance = tl.sum(tl.sum(shares, axis=1), axis=0) / G"),
-        ("        by = 2.0 * tl.load(dz_ptr)", "        by = tl.load(dz_ptr)"),
-        ("tl.load(slopes_ptr + sequence * E + cols", "tl.load(slopes_ptr + cols"),
-        ("        by_score = p * (slopes - tl.sum(p * slopes, axis=1)[:, None])", "        by_score = p * slopes"),
-        ("            by_score *= opposite", "            by_score = by_score"),
-        ("    dx = tl.where(counted[:, None], dx, 0.0)", "    dx = dx"),
-    ),
-    *of(
-        "moe_dispatch",
-        "moe_dispatch",
-        ("    return tl.where((ids >= 0) & (ids < E), ids, -1).to(tl.int32)", "    return ids.to(tl.int32)"),
-        ("mask=ids >= 0)", "mask=ids >= -1)"),
-        ("totals[None, :] + tl.cumsum(counts, axis=0) - counts", "tl.cumsum(counts, axis=0) - counts"),
-        ("        totals += tl.sum(counts, axis=0)", "        totals = tl.sum(counts, axis=0)"),
-        ("    begins = tl.cumsum(totals, axis=0) - totals", "    begins = tl.cumsum(totals, axis=0)"),
-        ("lanes[None, :] < lanes[:, None]", "lanes[None, :] <= lanes[:, None]"),
-        ("tl.gather(begins + before,", "tl.gather(begins,"),
-        (" - tl.sum(before, axis=0) + block * BLOCK)", " + block * BLOCK)"),
-        ("tl.where(here, row, -1), mask=", "row, mask="),
-    ),
-    *of(
-        "moe_combine",
-        "moe_combine",
-        ("        here = (row >= 0) & (row < most)", "        here = row < most"),
-        ("mask=here, other=0.0).to(tl.float32)\n        out += w *", "mask=row < most, other=0.0).to(tl.float32)\n        out += w *"),
-        ("cols = tl.program_id(1) * BLOCK_N +", "cols ="),
-        ("    here = known & (row < tl.load(here_ptr))", "    here = known"),
-        ("        total += dout *", "        total = dout *"),
-        ("        tl.store(dy_ptr + cols, w * dout, mask=cols < N)", "        tl.store(dy_ptr + cols, dout, mask=cols < N)"),
-    ),
     *of("_tune", "int8_linear", ("    if dividing >= 32:\n", "    if True:\n")),
-    *of(
-        "_moe",
-        "moe_experts",
-        ("    tiles = (end - begin + BLOCK_M - 1) // BLOCK_M", "    tiles = (end - begin) // BLOCK_M"),
-        ("begin + (tile - after + tiles) * BLOCK_M", "begin"),
-        ("rows, rows < stop\n", "rows, rows < P\n"),
-        ("    g = tl.where(gate > limit, limit, gate)", "    g = gate"),
-        ("    u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))", "    u = tl.where(up > limit, limit, up)"),
-        ("    by_gate = tl.where((gate <= limit) | free, u * slope, 0.0)", "    by_gate = u * slope"),
-        ("((up <= limit) & (up >= -limit)) | free", "(up <= limit) | free"),
-        ('    free = limit == float("inf")', "    free = limit < 0.0"),
-        ("    return (P - some) // block + some", "    return (P - some) // block + 1"),
-    ),
-    *of(
-        "moe_experts",
-        "moe_experts",
-        ("    x_rows = x_ptr + (slots // TOP_K)[:, None]", "    x_rows = x_ptr + slots[:, None]"),
-        ("    ups = w_ptr + (n + N)", "    ups = w_ptr + n"),
-        ("            bias = bias_ptr + expert * 2 * N + n", "            bias = bias_ptr + n"),
-        ("            tl.store(to + N, u, mask=mask)", "            tl.store(to + N, g, mask=mask)"),
-        ("bias_ptr + expert * N + n, mask=n < N", "bias_ptr + n, mask=n < N"),
-        ("                a_mask = a_mask & (start + j < K)[None, :]", "                a_mask = a_mask & (start + j < K + 1)[None, :]"),
-    ),
-    *of(
-        "_moe_experts_bwd",
-        "moe_experts",
-        ("    expert = tl.sum(((ends <= row) &", "    expert = tl.sum(((ends < row) &"),
-        ("        total += d * tl.load(bias", "        total = d * tl.load(bias"),
-        ("    bias_ptr += expert * N\n    total", "    total"),
-        ("        g *= tl.load(weights_ptr + slots", "        g += tl.load(weights_ptr + slots"),
-        ("        tl.store(dh_ptr + at, g * by_gate, mask=mask)", "        tl.store(dh_ptr + at, g * by_up, mask=mask)"),
-        ("        tl.store(dh_ptr + at + N, g * by_up, mask=mask)", "        tl.store(dh_ptr + at + N, g, mask=mask)"),
-        ("            dx = tl.dot(d, w, dx, input", "            dx = tl.dot(d, w, input"),
-        ("rows, rows < stop, P)", "rows, rows < P, P)"),
-        ("            of_left, of_right = slots // TOP_K, rows", "            of_left, of_right = rows, slots // TOP_K"),
-        ("            left = (left.to(tl.float32) * scale[:, None])", "            left = (left.to(tl.float32))"),
-        ("            dbias += tl.sum(left", "            dbias = tl.sum(left"),
-        ("mask=(n < N) & (pid % blocks == 0))", "mask=(n < N) & (pid % blocks == 1))"),
-    ),
-    *of(
-        "quant_moe_experts",
-        "quant_moe_experts",
-        ("    x_cols = x_ptr + (slots // TOP_K)[None, :]", "    x_cols = x_ptr + slots[None, :]"),
-        ("block_ptr, shift_ptr, gates + N, n < N,", "block_ptr, shift_ptr, gates, n < N,"),
-        ("            up += tl.load(bias_ptr + gates + N,", "            up += tl.load(bias_ptr + gates,"),
-        ("            tl.store(to + N, kept_up, mask=mask)", "            tl.store(to + N, kept_gate, mask=mask)"),
-        ("    w_rows = expert * N + n\n", "    w_rows = n\n"),
-        ("            y += tl.load(bias_ptr + w_rows,", "            y += tl.load(bias_ptr + n,"),
-        ("a = a if order2 is None else a.index_select(1, order2)", "a = a"),
-    ),
-    *of(
-        "_quant_moe_experts_bwd",
-        "quant_moe_experts",
-        ("            acc = tl.dot(d.to(DOT_DTYPE), w.to(DOT_DTYPE), acc,", "            acc = tl.dot(d.to(DOT_DTYPE), w.to(DOT_DTYPE),"),
-        ("        a = a.to(h_ptr.dtype.element_ty).to(tl.float32)\n", "        a = up\n"),
-        ("        acc *= tl.load(weights_ptr + slots", "        acc += tl.load(weights_ptr + slots"),
-        ("        tl.store(dh_ptr + at, acc * by_gate, mask=mask)", "        tl.store(dh_ptr + at, acc * by_up, mask=mask)"),
-        ("        tl.store(dh_ptr + at + K, acc * by_up, mask=mask)", "        tl.store(dh_ptr + at + K, acc, mask=mask)"),
-        ("            dx = tl.dot(d.to(DOT_DTYPE), w.to(DOT_DTYPE), dx,", "            dx = tl.dot(d.to(DOT_DTYPE), w.to(DOT_DTYPE),"),
-        ("None if order2 is None else order2.argsort())", "order2)"),
-    ),
     # offsets in 32 bits
     *of("rms_norm", "addressing", ("    # int64: row * stride passes 2^31 for long, wide activations\n    rows = tl.program_id(0).to(tl.int64) * BLOCK_M", "    rows = tl.program_id(0) * BLOCK_M")),
     *of("rms_norm", "addressing", ("    pid = tl.program_id(0).to(tl.int64)\n    cols = tl.arange(0, BLOCK_N)\n    if HAS_W:", "    pid = tl.program_id(0)\n    cols = tl.arange(0, BLOCK_N)\n    if HAS_W:")),
@@ -434,11 +304,15 @@ TRITON = [
     *of("quant_linear", "addressing", ("x_rows = x_ptr + m.to(tl.int64) * stride_xm", "x_rows = x_ptr + m * stride_xm")),
 ]  # fmt: skip
 
-CPP = [
-    mutant
-    for file, op, *changes in harness.load(ROOT / "tests/mutants_cpp.py").CHANGES
-    for mutant in of(file, op, *changes)
-]
+
+def listed(file: str) -> list[Mutant]:
+    """Those that another file of tests/ lists."""
+    changes = harness.load(ROOT / f"tests/{file}.py").CHANGES
+    return [mutant for path, op, *texts in changes for mutant in of(path, op, *texts)]
+
+
+TRITON += listed("mutants_moe")
+CPP = listed("mutants_cpp")
 
 # Mutants that live, and why.
 SURVIVORS = {
