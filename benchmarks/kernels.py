@@ -59,7 +59,7 @@ every line: `tests/test_traffic.py` counts again, `tests/test_compile.py` compil
 In bfloat16, counted by the interpreter, in bytes. The least is what the mathematics needs (each
 benchmark's `cost` and `backward_cost`). Distinct bytes are each launch's own, summed: they exceed the
 least by what the forward keeps for the backward, by sums of dw not yet added up, by what both of
-attention's backward kernels read, and by what moe_dispatch's and moe_experts' launches leave each other;
+attention's backward kernels read, and by what moe_dispatch's, moe_losses' and moe_experts' launches leave each other;
 nothing else. Loads beyond them are read again, from the cache where
 they fit. FLOPs of dots are those of the matrix units, in percent of what the mathematics needs.
 

@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tune import Tunable, row_warps, split
-from .moe_route import KEYS, _config, _heuristic, _space
+from ._tune import Config, Tunable, row_warps, split
+from .moe_route import KEYS, _config, _space
 from .rms_norm import rows_of
 
-# Partial sums of all sequences, one a sequence at least.  Fixed, not the number of SMs: the same bits everywhere.
-PROGRAMS = 512
+# Partial sums of all sequences, at least and at most, but one a sequence; between them one of so many tiles.  Fixed,
+# not the number of SMs: the same bits everywhere.
+PROGRAMS, TILES = (256, 2048), 8
 BLOCKS, COLUMNS = 128, 16  # blocks of a step, and experts, of a program that adds blocks
 SEQUENCES = 16  # of a step of the program that adds sequences
 FAR = tl.constexpr(1e30)
@@ -59,8 +60,9 @@ def _sigmoid(x, most):
     least = tl.minimum(most, 0.0)[:, None]
     away = tl.exp(least - x)
     s = 1.0 / (tl.exp(least) + away)
+    share = 1.0 / tl.sum(s, axis=1)  # a quotient a number spills
     # inf * 0 where s is 0, and so is p
-    return s / tl.sum(s, axis=1)[:, None], tl.where(away > FAR, 1.0, away * s)
+    return s * share[:, None], tl.where(away > FAR, 1.0, away * s)
 
 
 @triton.jit
@@ -198,8 +200,15 @@ def _moe_losses_bwd_kernel(
     tl.store(at, dx.to(dlogits_ptr.dtype.element_ty), mask=inside[:, None] & (cols < E)[None, :])
 
 
-COUNT = Tunable("moe_losses_count", ("moe_losses",), KEYS, _heuristic, _space)
-BWD = Tunable("moe_losses_bwd", ("moe_losses",), KEYS, _heuristic, _space)
+def _tile(M: int, BLOCK_E: int) -> Config:
+    """About 8 numbers a thread, who holds two sums of each.  Of few rows too: a program each would write as much as it
+    reads."""
+    rows = min(M, 32, max(1, 1024 // BLOCK_E))
+    return {"BLOCK_M": rows, "num_warps": row_warps(rows * BLOCK_E)}
+
+
+COUNT = Tunable("moe_losses_count", ("moe_losses",), KEYS, _tile, _space)
+BWD = Tunable("moe_losses_bwd", ("moe_losses",), KEYS, _tile, _space)
 
 
 def _flat(mask: Tensor | None, otherwise: Tensor) -> Tensor:
@@ -225,7 +234,8 @@ def moe_losses_fwd(
     S, x, given = T // G, rows_of(logits), rows_of(ids)
     config = _config(COUNT, logits, S, E)
     every = triton.cdiv(S, config["BLOCK_M"])
-    tiles = triton.cdiv(every, triton.cdiv(PROGRAMS, G))
+    least, most = (triton.cdiv(every, triton.cdiv(n, G)) for n in PROGRAMS)  # the tiles of each
+    tiles = max(most, min(least, TILES))
     blocks, parts = triton.cdiv(every, tiles), triton.cdiv(E, COLUMNS)
     sums, squares = new(torch.float32, G * blocks, E), new(torch.float32, G * blocks)
     choices, tokens = new(torch.int32, G * blocks, E), new(torch.int32, G * blocks)
@@ -288,16 +298,17 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
         (4096, 256, "*bf16", True),
         (8192, 1024, "*bf16", False),
     ):
-        tile, options = split(COUNT.heuristic(S, E))
-        tile |= {"BLOCK_E": E, "SIGMOID": sigmoid, "HAS_MASK": True}
+        flags = {"BLOCK_E": E, "SIGMOID": sigmoid, "HAS_MASK": True}
         rows = {"logits_ptr": t, "mask_ptr": "*u8", "stride_m": "i32"}
         count = {**rows, "ids_ptr": "*i64", **partial, "stride_i": "i32", **sizes}
         count |= {"TOP_K": "i32", "tiles": "i32"}
-        found.append((_moe_losses_count_kernel, count, tile, options))
+        tile, options = split(COUNT.heuristic(S, E))
+        found.append((_moe_losses_count_kernel, count, tile | flags, options))
         scalars = dict.fromkeys(("dbalance_ptr", "dz_ptr", "slopes_ptr", "totals_ptr"), "*fp32")
         backward = {**scalars, **rows, "dlogits_ptr": t, **sizes}
-        both = {"HAS_BALANCE": True, "HAS_Z": True}
-        found.append((_moe_losses_bwd_kernel, backward, tile | both, options))
+        flags |= {"HAS_BALANCE": True, "HAS_Z": True}
+        tile, options = split(BWD.heuristic(S, E))
+        found.append((_moe_losses_bwd_kernel, backward, tile | flags, options))
     each = {"shares_ptr": "*fp64", "chosen_ptr": "*i64", "n_ptr": "*i64"}
     total = {**partial, **each, "sequence_squares_ptr": "*fp64", "slopes_ptr": "*fp32"}
     total |= {"E": "i32", "blocks": "i32", "parts": "i32"}

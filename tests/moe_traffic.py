@@ -44,14 +44,15 @@ def route_backward(
 
 def losses_sizes(B: int, S: int, E: int, sigmoid: bool) -> tuple[int, int, int, int]:
     """Sequences, blocks and programs of a sequence that count and add, and blocks of the backward."""
-    from tilewright.kernels.moe_losses import BWD, COLUMNS, COUNT, PROGRAMS
+    from tilewright.kernels.moe_losses import BWD, COLUMNS, COUNT
 
     G, S = (B, S) if sigmoid else (1, B * S)
-    every, back = (
+    # few: a tile each
+    blocks, back = (
         ceil(S / tunable.heuristic(power(S), max(16, power(E)))["BLOCK_M"])
         for tunable in (COUNT, BWD)
     )
-    return G, ceil(every / ceil(every / ceil(PROGRAMS / G))), ceil(E / COLUMNS), back
+    return G, blocks, ceil(E / COLUMNS), back
 
 
 def losses_told(B: int, S: int, E: int, K: int, sigmoid: bool = False) -> int:
