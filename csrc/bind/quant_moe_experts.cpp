@@ -3,6 +3,7 @@
 #include "../cpu/quant_moe_experts.h"
 
 #include <cstring>
+#include <optional>
 
 #include "moe_rows.h"
 #include "quant_weight.h"
@@ -15,7 +16,7 @@ using OptTensor = std::optional<Tensor>;
 
 constexpr const char* OP = "quant_moe_experts";
 constexpr int64_t ROWS = 256;          // of an expert at once: as many as share what decoding its weight costs
-constexpr int64_t COLUMNS = 128;       // of a product that a thread takes: as many as share what its rows cost
+constexpr int64_t COLUMNS = 256;       // of a product that a thread takes: as many as share what its rows cost
 constexpr int64_t ACROSS = 256;        // of a gradient, whose columns lie along the codes
 constexpr int64_t SERIAL = 1 << 14;    // weights below which a fork costs more than it saves
 
@@ -54,89 +55,113 @@ struct Source {
   }
 };
 
-// A thread's own memory for as many rows: what the kernels work in, sums of groups, and the rows as they take them.
-struct Scratch {
-  Tensor held;
-  float *work, *sums;
-  char* rows;
+constexpr int64_t ONCE = 32 << 20;  // bytes of rows up to which they are prepared for all threads at once
 
-  Scratch(const cpu::QuantWeight& w, int64_t most, int64_t row_bytes) {
-    const int64_t work_bytes = blocks_of(TW_PICK(quant_scratch)(most) * 4, 64) * 64;
-    const int64_t sums_bytes = blocks_of(most * w.G * 4, 64) * 64;
-    held = at::empty({work_bytes + sums_bytes + most * row_bytes}, at::kByte);
-    char* p = static_cast<char*>(held.mutable_data_ptr());
-    work = reinterpret_cast<float*>(p), sums = reinterpret_cast<float*>(p + work_bytes);
-    rows = p + work_bytes + sums_bytes;
-  }
+enum class Way { FIXED, WORDS, HALF, GEMV, GEMM };
+
+// Rows as one of quant_linear's kernels takes them.
+struct Ready {
+  Way way;
+  cpu::QuantActivations a;
 };
 
-// y [rows, N], columns [n, stop) of it, of a segment's rows with its part of the weight: as quant_linear chooses.
-void multiply(const cpu::QuantWeight& w, const Source& x, const Segment& s, const void* bias, void* y, int64_t n,
-              int64_t stop, const Scratch& scratch) {
-  cpu::QuantActivations a{};
-  a.M = s.rows, a.x_stride = w.K, a.sums = scratch.sums;
-  const bool gemv = s.rows <= cpu::GEMV_ROWS && TW_PICK(quant_has_gemv)(w);
-  const int64_t block = TW_PICK(quant_block)();
-  if (gemv && TW_PICK(quant_has_int8)(w) && w.K >= 256 && w.N >= 32) {
+// Memory of rows as kernels take them, and of the sums of their groups.
+struct Room {
+  Tensor held;
+  int64_t groups, row_bytes;
+
+  Room(int64_t rows, int64_t groups, int64_t row_bytes) : groups(groups), row_bytes((row_bytes + 63) / 64 * 64) {
+    held = at::empty({rows * (groups * 4 + this->row_bytes)}, at::kByte);
+  }
+  // The rows from row r on, of as many as there are in all; their sums come behind the last.
+  char* at(int64_t r) const { return static_cast<char*>(held.mutable_data_ptr()) + r * row_bytes; }
+  float* sums(int64_t r, int64_t rows) const { return reinterpret_cast<float*>(at(rows)) + r * groups; }
+};
+
+int64_t forward_bytes(const cpu::QuantWeight& w) {  // of a row, however it is prepared
+  const int64_t fixed = std::max(TW_PICK(quant_fixed_bytes)(w, 3), TW_PICK(quant_words_bytes)(w));
+  return std::max(fixed, (w.K + cpu::padded(w.K)) * 4);
+}
+
+// A segment's rows for its part of the weight: by which kernel, as quant_linear chooses.
+Ready prepared(const cpu::QuantWeight& w, const Source& x, const Segment& s, char* room, float* sums) {
+  Ready ready{Way::GEMM, {}};
+  cpu::QuantActivations& a = ready.a;
+  a.M = s.rows, a.x_stride = w.K, a.sums = sums;
+  const bool gemv = s.rows <= cpu::GEMV_ROWS && TW_PICK(quant_has_gemv)(w), vnni = TW_PICK(quant_has_int8)(w);
+  // fixed-point numbers: as good as float32 once enough rounding errors average out
+  if (gemv && (vnni || TW_PICK(quant_has_words)(w, x.dtype)) && w.K >= 256 && w.N >= 32) {
     const int slices = x.dtype == cpu::DType::F32 ? 3 : 2;
-    const int64_t bytes = TW_PICK(quant_fixed_bytes)(w, slices);
-    uint8_t* fixed = reinterpret_cast<uint8_t*>(scratch.rows);
+    const int64_t bytes = vnni ? TW_PICK(quant_fixed_bytes)(w, slices) : TW_PICK(quant_words_bytes)(w);
+    uint8_t* fixed = reinterpret_cast<uint8_t*>(room);
     bool fits = true;
-    for (int64_t m = 0; m < s.rows && fits; ++m)
-      fits = TW_PICK(quant_prepare_fixed)(w, x.at(s.first + m), x.dtype, slices, fixed + m * bytes,
-                                          scratch.sums + m * w.G);
+    for (int64_t m = 0; m < s.rows && fits; ++m) {
+      const void* row = x.at(s.first + m);
+      fits = vnni ? TW_PICK(quant_prepare_fixed)(w, row, x.dtype, slices, fixed + m * bytes, sums + m * w.G)
+                  : TW_PICK(quant_prepare_words)(w, row, x.dtype, fixed + m * bytes, sums + m * w.G);
+    }
     a.fixed = fixed;
-    if (fits) return TW_PICK(quant_gemv_fixed)(w, a, slices, bias, y, w.N, x.dtype, n, stop);
+    ready.way = vnni ? Way::FIXED : Way::WORDS;
+    if (fits) return ready;
   }
   if (!gemv && x.dtype == cpu::DType::BF16 && TW_PICK(quant_has_bf16)(w)) {
     const bool offsets = w.zeros || w.minima;
     bool fits = true;
     for (int64_t m = 0; m < s.rows && fits; ++m) {
-      char* to = scratch.rows + m * w.K * 2;
+      char* to = room + m * w.K * 2;
       std::memcpy(to, x.at(s.first + m), size_t(w.K) * 2);
-      fits = TW_PICK(quant_prepare_bf16)(to, w.K, w.K / w.G, offsets ? scratch.sums + m * w.G : nullptr);
+      fits = TW_PICK(quant_prepare_bf16)(to, w.K, w.K / w.G, offsets ? sums + m * w.G : nullptr);
     }
-    a.half = scratch.rows;
+    a.half = room;
+    ready.way = Way::HALF;
     if (!offsets) a.sums = nullptr;
-    if (fits)
-      return TW_PICK(quant_gemm_bf16)(w, a, bias, y, w.N, x.dtype, scratch.work, n / block, blocks_of(stop, block));
-    a.sums = scratch.sums;
+    if (fits) return ready;
   }
   const int64_t pad = cpu::padded(w.K);
-  float* rows = reinterpret_cast<float*>(scratch.rows);
-  float* lanes = gemv ? rows + s.rows * w.K : nullptr;
+  float *rows = reinterpret_cast<float*>(room), *lanes = gemv ? rows + s.rows * w.K : nullptr;
   for (int64_t m = 0; m < s.rows; ++m)
     TW_PICK(quant_prepare_float)(w, x.at(s.first + m), x.dtype, rows + m * w.K, gemv ? lanes + m * pad : nullptr,
-                                 gemv ? scratch.sums + m * w.G : nullptr);
-  a.x = rows, a.lanes = lanes;
-  if (gemv) return TW_PICK(quant_gemv)(w, a, bias, y, w.N, x.dtype, n, stop);
-  TW_PICK(quant_gemm)(w, a, bias, y, w.N, x.dtype, scratch.work, n / block, blocks_of(stop, block));
+                                 gemv ? sums + m * w.G : nullptr);
+  a.x = rows, a.lanes = lanes, a.sums = sums;
+  ready.way = gemv ? Way::GEMV : Way::GEMM;
+  return ready;
 }
 
-// dx [rows, K], columns [k, stop) of it, of rows of dy with a part of the weight.
-void multiply_back(const cpu::QuantWeight& w, const Source& dy, const Segment& s, void* dx, cpu::DType dtype, int64_t k,
-                   int64_t stop, const Scratch& scratch) {
-  cpu::QuantActivations a{};
-  a.M = s.rows, a.x_stride = w.N;
-  const int64_t block = TW_PICK(quant_block)();
+// y [rows, N], columns [n, stop) of it, of rows of x with their part of the weight.
+void multiply(const cpu::QuantWeight& w, const Ready& x, cpu::DType dtype, const void* bias, void* y, int64_t n,
+              int64_t stop, float* work) {
+  const int64_t block = TW_PICK(quant_block)(), first = n / block, last = blocks_of(stop, block);
+  switch (x.way) {
+    case Way::FIXED:
+      return TW_PICK(quant_gemv_fixed)(w, x.a, dtype == cpu::DType::F32 ? 3 : 2, bias, y, w.N, dtype, n, stop);
+    case Way::WORDS: return TW_PICK(quant_gemv_words)(w, x.a, bias, y, w.N, dtype, n, stop);
+    case Way::HALF: return TW_PICK(quant_gemm_bf16)(w, x.a, bias, y, w.N, dtype, work, first, last);
+    case Way::GEMV: return TW_PICK(quant_gemv)(w, x.a, bias, y, w.N, dtype, n, stop);
+    case Way::GEMM: return TW_PICK(quant_gemm)(w, x.a, bias, y, w.N, dtype, work, first, last);
+  }
+}
+
+// The same of rows of dy, of which their product with the weight's rows is asked.
+Ready prepared_back(const cpu::QuantWeight& w, const Source& dy, const Segment& s, char* room) {
+  Ready ready{Way::HALF, {}};
+  ready.a.M = s.rows, ready.a.x_stride = w.N;
   if (dy.dtype == cpu::DType::BF16 && s.rows > cpu::HALF_ROWS && w.N % 2 == 0 && TW_PICK(quant_has_bf16)(w)) {
     bool fits = true;
     for (int64_t m = 0; m < s.rows && fits; ++m) {
-      char* to = scratch.rows + m * w.N * 2;
+      char* to = room + m * w.N * 2;
       std::memcpy(to, dy.at(s.first + m), size_t(w.N) * 2);
       fits = TW_PICK(quant_prepare_bf16)(to, w.N, w.N, nullptr);
     }
-    a.half = scratch.rows;
-    if (fits)
-      return TW_PICK(quant_dgrad_bf16)(w, a, dx, w.K, dtype, scratch.work, k / block, blocks_of(stop, block));
+    ready.a.half = room;
+    if (fits) return ready;
   }
   cpu::QuantWeight across = w;  // of which only how many numbers a row has is asked
   across.K = w.N;
-  float* rows = reinterpret_cast<float*>(scratch.rows);
+  float* rows = reinterpret_cast<float*>(room);
   for (int64_t m = 0; m < s.rows; ++m)
     TW_PICK(quant_prepare_float)(across, dy.at(s.first + m), dy.dtype, rows + m * w.N, nullptr, nullptr);
-  a.x = rows;
-  TW_PICK(quant_dgrad)(w, a, dx, w.K, dtype, scratch.work, k / block, blocks_of(stop, block));
+  ready.a.x = rows, ready.way = Way::GEMM;
+  return ready;
 }
 
 // A weight as the operators take one.
@@ -215,26 +240,32 @@ struct Given {
 
   // y [P, N] = x w^T + bias of every expert's rows.
   void product(const cpu::QuantWeight& whole, const Source& x, const Tensor& bias, Tensor& y) const {
-    const int64_t N = y.size(1), K = whole.K, size = y.element_size(), pad = cpu::padded(K);
-    const int64_t fixed = TW_PICK(quant_fixed_bytes)(whole, 3);
+    const int64_t N = y.size(1), size = y.element_size();
     char* to = static_cast<char*>(y.mutable_data_ptr());
     const void* b = bias.defined() ? bias.const_data_ptr() : nullptr;
-    const auto scratch = [&] { return Scratch(whole, most, std::max(fixed, (K + pad) * 4)); };
-    over(N, COLUMNS, here * N * K, scratch, [&](const Scratch& own, const Segment& s, int64_t first, int64_t last) {
-      multiply(part_of(whole, s.expert, E), x, s, past(b, s.expert * N * size), to + s.first * N * size, first, last,
-               own);
-    });
+    const auto prepare = [&](const cpu::QuantWeight& w, const Segment& s, char* room, float* sums) {
+      return prepared(w, x, s, room, sums);
+    };
+    over(whole, N, COLUMNS, forward_bytes(whole), prepare,
+         [&](const cpu::QuantWeight& w, const Ready& rows, const Segment& s, int64_t first, int64_t last, float* work) {
+           multiply(w, rows, m.dtype, past(b, s.expert * N * size), to + s.first * N * size, first, last, work);
+         });
   }
 
   // dx [P, K] = dy w of every expert's rows, dx of whichever dtype it is.
   void product_back(const cpu::QuantWeight& whole, const Source& dy, Tensor& dx) const {
-    const int64_t N = whole.N / E, K = whole.K, size = dx.element_size();
+    const int64_t K = whole.K, size = dx.element_size();
     const cpu::DType dtype = dtype_of(dx, OP, "dx");
     char* to = static_cast<char*>(dx.mutable_data_ptr());
-    const auto scratch = [&] { return Scratch(whole, most, N * 4); };
-    over(K, ACROSS, here * N * K, scratch, [&](const Scratch& own, const Segment& s, int64_t first, int64_t last) {
-      multiply_back(part_of(whole, s.expert, E), dy, s, to + s.first * K * size, dtype, first, last, own);
-    });
+    const auto prepare = [&](const cpu::QuantWeight& w, const Segment& s, char* room, float*) {
+      return prepared_back(w, dy, s, room);
+    };
+    over(whole, K, ACROSS, whole.N / E * 4, prepare,
+         [&](const cpu::QuantWeight& w, const Ready& rows, const Segment& s, int64_t first, int64_t last, float* work) {
+           const auto run = rows.way == Way::HALF ? TW_PICK(quant_dgrad_bf16) : TW_PICK(quant_dgrad);
+           const int64_t block = TW_PICK(quant_block)();
+           run(w, rows.a, to + s.first * K * size, K, dtype, work, first / block, blocks_of(last, block));
+         });
   }
 
  private:
@@ -245,20 +276,41 @@ struct Given {
     return b->contiguous();
   }
 
-  // body(a thread's own, segment, first column, last), `step` of n columns at a time, of all segments before the next.
-  template <class Make, class F>
-  void over(int64_t n, int64_t step, int64_t work, Make make, F body) const {
+  // body(part of the weight, rows, segment, first column, last, a thread's memory), `step` of n columns at a time, of
+  // all segments before the next: so threads have alike, however rows are spread.
+  template <class Prepare, class F>
+  void over(const cpu::QuantWeight& whole, int64_t n, int64_t step, int64_t row_bytes, Prepare prepare, F body) const {
     const int64_t count = int64_t(segments.size()), all = count * blocks_of(n, step);
-    const auto run = [&](int64_t begin, int64_t end) {
-      if (begin == end) return;
-      const auto own = make();
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i / count * step;
-        body(own, segments[i % count], first, std::min(first + step, n));
-      }
+    const int64_t work = here * (whole.N / E) * whole.K;
+    const auto parallel = [&](int64_t items, const auto& run) {
+      if (work < SERIAL) run(0, items);
+      else at::parallel_for(0, items, 1, run);
     };
-    if (work < SERIAL) return run(0, all);
-    at::parallel_for(0, all, 1, run);
+    const bool once = here * row_bytes <= ONCE;
+    std::optional<Room> room;
+    std::vector<Ready> ready(once ? count : 0);
+    if (once) {
+      room.emplace(here, whole.G, row_bytes);
+      parallel(count, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const Segment& s = segments[i];
+          ready[i] = prepare(part_of(whole, s.expert, E), s, room->at(s.first), room->sums(s.first, here));
+        }
+      });
+    }
+    parallel(all, [&](int64_t begin, int64_t end) {
+      if (begin == end) return;
+      const Tensor scratch = at::empty({TW_PICK(quant_scratch)(most)}, at::kFloat);
+      std::optional<Room> own;
+      if (!once) own.emplace(most, whole.G, row_bytes);
+      for (int64_t i = begin; i < end; ++i) {
+        const Segment& s = segments[i % count];
+        const int64_t first = i / count * step;
+        const cpu::QuantWeight w = part_of(whole, s.expert, E);
+        const Ready rows = once ? ready[i % count] : prepare(w, s, own->at(0), own->sums(0, most));
+        body(w, rows, s, first, std::min(first + step, n), scratch.mutable_data_ptr<float>());
+      }
+    });
   }
 };
 

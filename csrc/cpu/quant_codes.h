@@ -45,12 +45,14 @@ TW_INLINE void row_scales(const QuantWeight& w, int64_t n, int64_t g0, int64_t c
                    : w.zeros ? static_cast<const S*>(w.zeros) + at
                              : nullptr;
   const Vec centre = set1(middle);
+  const int64_t there = w.N * w.G - at;  // a next row's are not looked at, and cost less than to leave out
   for (int64_t g = 0; g < count; g += W) {
     const int left = int(count - g);
-    const Vec s = left >= W ? load(scales + g) : load_tail(scales + g, left);
+    const bool whole = there - g >= W;
+    const Vec s = whole ? load(scales + g) : load_tail(scales + g, left);
     Vec o = set1(0.f);
     if (extra) {
-      const Vec e = left >= W ? load(extra + g) : load_tail(extra + g, left);
+      const Vec e = whole ? load(extra + g) : load_tail(extra + g, left);
       o = w.minima ? fma(s, centre, e) : s * (centre - e);
     }
     store(scale + g, s);

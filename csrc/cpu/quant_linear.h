@@ -61,6 +61,14 @@ TW_DECLARE(bool, quant_prepare_fixed, const QuantWeight& w, const void* x, DType
 TW_DECLARE(void, quant_gemv_fixed, const QuantWeight& w, const QuantActivations& a, int slices,
            const void* bias, void* y, int64_t y_stride, DType dtype, int64_t begin, int64_t end)
 
+// The same of 16-bit floats without VNNI: numbers of two bytes, multiplied in pairs.  a.fixed holds rows of
+// quant_words_bytes; quant_prepare_words is false where quant_prepare_fixed would be.
+TW_DECLARE(bool, quant_has_words, const QuantWeight& w, DType dtype)
+TW_DECLARE(int64_t, quant_words_bytes, const QuantWeight& w)
+TW_DECLARE(bool, quant_prepare_words, const QuantWeight& w, const void* x, DType dtype, uint8_t* words, float* sums)
+TW_DECLARE(void, quant_gemv_words, const QuantWeight& w, const QuantActivations& a, const void* bias, void* y,
+           int64_t y_stride, DType dtype, int64_t begin, int64_t end)
+
 // One row of x to float32, its lane order and group sums (lanes, sums may be null).
 TW_DECLARE(void, quant_prepare_float, const QuantWeight& w, const void* x, DType dtype, float* out,
            float* lanes, float* sums)
