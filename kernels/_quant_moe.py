@@ -66,7 +66,7 @@ def finished(config: Config, dtype: torch.dtype, group: int, kind: int) -> dict[
     if looked_up or not is_full:
         more["BLOCK_N"] = config["BLOCK_N"] // 2
     if not is_full:
-        more["BLOCK_K"] = min(config["BLOCK_K"], 32)
+        more["BLOCK_K"] = min(config["BLOCK_K"], 64 // dtype.itemsize)
     return {**config, **more}
 
 

@@ -34,7 +34,7 @@ def test_every_form(form, T, dtype, device):
         (1, 1, 1, 32, 32, 32),
         (1, 16, 8, 320, 96, 32),
         (31, 7, 2, 64, 32, 32),
-        (33, 60, 3, 40, 24, 8),
+        (5, 20, 3, 40, 24, 8),
         (65, 4, 1, 100, 70, 0),
         (17, 12, 10, 96, 48, 48),
         (20, 2, 1, 72, 48, 24),
@@ -60,7 +60,8 @@ def test_matches_reference(T, E, k, D, I, group, bits, dtype, device):
     ],
     ids=lambda form: f"int{form.bits}-{form.group}-{form.kind}",
 )
-@pytest.mark.parametrize("T", [1, 2] if _native.INTERPRET else [1, 2, 3, 7])
+@pytest.mark.skipif(_native.INTERPRET, reason="of the CPU's kernels")
+@pytest.mark.parametrize("T", [1, 2, 3, 7])
 def test_few_rows_of_wide_weights(T, form, dtype, device):
     """Which integers multiply: one to eight rows at a time.  Of every expert, so that no gradient is one number."""
     check(drawn(device, T, 6, 6, 288, 288, form), dtype)
