@@ -67,6 +67,7 @@ def finished(config: Config, dtype: torch.dtype, group: int, kind: int) -> dict[
         more["BLOCK_N"] = config["BLOCK_N"] // 2
     if not is_full:
         more["BLOCK_K"] = min(config["BLOCK_K"], 64 // dtype.itemsize)
+        more["num_stages"] = 2
     return {**config, **more}
 
 
@@ -77,7 +78,7 @@ def tiles_in(group: int, config: dict[str, Any]) -> int:
 
 def heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> Config:
     """Tiles of an expert's rows, BLOCK_N rows of its weight and BLOCK_K columns, all in one group."""
-    rows = 16 if M <= 16 else 32 if M <= 32 else 64
+    rows = 16 if M <= 16 else 32 if M <= 32 or dtype == torch.float32 else 64
     wide = 32 if dtype == torch.float32 else 64
     return {
         "BLOCK_M": rows,
@@ -90,7 +91,8 @@ def heuristic(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int)
 
 def space(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> list[Config]:
     """Tiles of which a thread holds 64 sums at most, of two such products."""
-    widths = tuple(k for k in (32, 64, 128) if group % k == 0) or (columns_of(group, 64),)
+    widest = columns_of(group, 32 if dtype == torch.float32 else 64)
+    widths = tuple(k for k in (32, 64, 128) if group % k == 0) or (widest,)
     found = grid(
         BLOCK_M=(16, 32, 64, 128), BLOCK_N=(32, 64, 128), BLOCK_K=widths, num_warps=(4, 8), num_stages=(2, 3, 4),
     )  # fmt: skip
@@ -117,8 +119,9 @@ def shipped() -> list[tuple[str, dict[str, str], dict[str, Any], dict[str, Any]]
         (1024, "*bf16", 4, ZEROS, 100),
     ):
         dtype, nested = DTYPES[t], bool(rest)
-        block, options = split(heuristic(dtype, bits, group, M, 1024, 2048))
-        constants = finished(block, dtype, group, kind) | {
+        block = finished(heuristic(dtype, bits, group, M, 1024, 2048), dtype, group, kind)
+        block, options = split(block)
+        constants = block | {
             "BITS": bits,
             "OFFSET": kind,
             "NESTED": nested,
