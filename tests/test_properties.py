@@ -322,7 +322,8 @@ def test_moe_losses_see_layouts_alike(data: st.DataObject, dtype: torch.dtype):
     logits = rounded(laid_out(draw, (*leading, E)), dtype)
     near = laid_out(draw, (*leading, draw(st.integers(1, 5)), 2)).detach()
     ids = (E * near).to(torch.int64)[..., 0]  # some of no expert
-    mask = laid_out(draw, leading).detach() > -0.5 if draw(st.booleans()) else None
+    seen = laid_out(draw, (*leading, 2)).detach()[..., 0] > -0.5
+    mask = seen if draw(st.booleans()) else None
     kwargs = {"scores": draw(st.sampled_from(["softmax", "sigmoid"]))}
     kwargs["per_sequence"] = len(leading) > 1 and draw(st.booleans())
     before = bits([logits, ids, mask])
