@@ -15,6 +15,7 @@ from tilewright.expert_rows import ExpertRows
 OP = "moe_experts"
 LAYER = {"E": 128, "K": 8, "D": 2048, "I": 768}
 SHAPES: dict[str, dict] = {
+    "small 64": {"T": 64, "E": 8, "K": 2, "D": 512, "I": 256},  # what `make demo` times: the first
     "Qwen3-30B 1 token": {"T": 1, **LAYER},
     "Qwen3-30B 16": {"T": 16, **LAYER},
     "Qwen3-30B 256": {"T": 256, **LAYER},

@@ -16,6 +16,8 @@ from tilewright.expert_rows import ExpertRows
 OP = "quant_moe_experts"
 LAYER = {"E": 128, "K": 8, "D": 2048, "I": 768}
 SHAPES: dict[str, dict] = {
+    # what `make demo` times: the first
+    "small 64, 4 bits": {"T": 64, "E": 8, "K": 2, "D": 512, "I": 256, "bits": 4, "group": 128},
     "Qwen3-30B 1 token, 4 bits": {"T": 1, **LAYER, "bits": 4, "group": 128},
     "Qwen3-30B 1 token, 8 bits": {"T": 1, **LAYER, "bits": 8, "group": 128},
     "Qwen3-30B 16, 4 bits": {"T": 16, **LAYER, "bits": 4, "group": 128},
