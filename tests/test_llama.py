@@ -17,11 +17,13 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tilewright import QuantTensor, nn
+from tilewright.bench import harness
 from tilewright.models import Llama
 from tilewright.models._rope import Rope, RopeTables, frequencies
 from tilewright.models._sampling import Sampler
 from tilewright.testing import assert_within
 
+folders = harness.load(Path(__file__).with_name("model_folders.py"))
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 SIZES = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -54,41 +56,14 @@ def folder(path: Path, name: str, **kwargs) -> transformers.PreTrainedModel:
     """A random model of a family saved to path, norms and biases random too."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES[name]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(path, **kwargs)
-    return model
-
-
-def assert_logits_match(ours: torch.Tensor, model, ids: torch.Tensor) -> None:
-    with torch.no_grad():
-        eager = model.float()(ids).logits.double()
-        truth = model.double()(ids).logits
-    model.float()
-    assert_within(ours.double(), eager, truth, torch.finfo(torch.float32).eps, "logits")
+    return folders.saved(model, path, **kwargs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_equals_transformers(name, tmp_path):
     model = folder(tmp_path, name)
     ours = Llama.from_pretrained(tmp_path)
-    S = 16 if name == "dynamic" else 24
-    ids = torch.randint(0, 300, (2, S))
-    logits = ours(ids)
-    assert_logits_match(logits, model, ids)
-
-    cache, parts = ours.new_cache(2, S), []
-    for part in ids.split([S - 6, 3, 1, 1, 1], dim=1):
-        parts.append(ours(part, cache))
-    assert_logits_match(torch.cat(parts, 1), model, ids)
-
-    greedy = ours.generate(ids[0, :5], max_new_tokens=6)
-    with torch.no_grad():
-        wanted = model.generate(ids[:1, :5], max_new_tokens=6, do_sample=False)[0, 5:].tolist()
-    wanted = wanted[: wanted.index(2)] if 2 in wanted else wanted
-    assert greedy.tokens == wanted
+    folders.assert_equals(ours, model, 16 if name == "dynamic" else 24)
 
 
 def test_bfloat16_and_shards(tmp_path):
@@ -179,7 +154,7 @@ def test_gguf_equals_transformers(name, mix, tmp_path):
         assert isinstance(ours.layers[0].qkv, nn.QuantLinear)
         assert isinstance(ours.embedding.weight, QuantTensor)
     ids = torch.randint(0, 300, (1, 20))
-    assert_logits_match(ours(ids), model, ids)
+    folders.assert_logits_match(ours(ids), model, ids)
 
 
 def rope_config(**parameters) -> transformers.LlamaConfig:

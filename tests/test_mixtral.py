@@ -12,12 +12,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tilewright import nn
+from tilewright.bench import harness
 from tilewright.cli import main
 from tilewright.models import Llama, Mixtral
 from tilewright.models.llama import Layer
 from tilewright.models.mixtral import MixtralConfig, SparseLayer
 from tilewright.testing import assert_within
 
+folders = harness.load(Path(__file__).with_name("model_folders.py"))
 SIZES = {
     "vocab_size": 200, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -60,40 +62,15 @@ def folder(path: Path, family: str, **options) -> transformers.PreTrainedModel:
         setattr(config, name, value)
     config._experts_implementation = "eager"  # grouped_mm has no float64
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(path)
-    return model
-
-
-def assert_logits_match(ours: torch.Tensor, model, ids: torch.Tensor) -> None:
-    with torch.no_grad():
-        eager = model.float()(ids).logits.double()
-        truth = model.double()(ids).logits
-    model.float()
-    assert_within(ours.double(), eager, truth, torch.finfo(torch.float32).eps, "logits")
+    return folders.saved(model, path)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_equals_transformers(name, tmp_path):
     model = folder(tmp_path, name)
-    ours, S = Mixtral.from_pretrained(tmp_path), 24
+    ours = Mixtral.from_pretrained(tmp_path)
     assert not ours.training
-    ids = torch.randint(0, 200, (2, S))
-    assert_logits_match(ours(ids), model, ids)
-
-    cache, parts = ours.new_cache(2, S), []
-    for part in ids.split([S - 6, 3, 1, 1, 1], dim=1):
-        parts.append(ours(part, cache))
-    assert_logits_match(torch.cat(parts, 1), model, ids)
-
-    greedy = ours.generate(ids[0, :5], max_new_tokens=6)
-    with torch.no_grad():
-        wanted = model.generate(ids[:1, :5], max_new_tokens=6, do_sample=False)[0, 5:].tolist()
-    wanted = wanted[: wanted.index(2)] if 2 in wanted else wanted
-    assert greedy.tokens == wanted
+    folders.assert_equals(ours, model, 24)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "olmoe"])

@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from tilewright import _op
 from tilewright.expert_rows import ExpertRows
+from tilewright.ops import _moe
 from tilewright.ops.moe_route import MOST_EXPERTS
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _ARGS = (
     "Tensor weights, Tensor order, Tensor rows, Tensor offsets, Tensor w13, Tensor w2, Tensor? bias13,"
     " Tensor? bias2, str activation, float limit"
@@ -79,10 +79,7 @@ def _check(
     x: Tensor, weights: Tensor, placed: ExpertRows, w13: Tensor, w2: Tensor, bias13: Tensor | None,
     bias2: Tensor | None,
 ) -> None:  # fmt: skip
-    if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(
-            f"moe_experts: x must be floating point [..., D], not {x.dtype} {tuple(x.shape)}"
-        )
+    _moe.check_x("moe_experts", x)
     D = x.shape[-1]
     if (
         w13.dim() != 3
@@ -97,28 +94,14 @@ def _check(
     E, I = len(w13), w13.shape[1] // 2
     if w2.shape != (E, D, I):
         raise ValueError(f"moe_experts: w2 {tuple(w2.shape)} must be {(E, D, I)}")
-    slots = weights.numel()
-    if weights.dim() != x.dim() or weights.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"moe_experts: weights {tuple(weights.shape)} must be [..., k] for x {tuple(x.shape)}"
-        )
-    if not weights.is_floating_point():
-        raise ValueError(f"moe_experts: weights must be floating point, not {weights.dtype}")
-    shapes = {"order": (slots,), "rows": weights.shape, "offsets": (E + 1,)}
-    for name, t in placed._asdict().items():
-        if t.shape != shapes[name] or t.dtype != torch.int64:
-            raise ValueError(
-                f"moe_experts: {name} {t.dtype} {tuple(t.shape)} must be int64 {tuple(shapes[name])},"
-                " as moe_dispatch's"
-            )
+    _moe.check_slots("moe_experts", x, weights, placed, E)
     for name, b, shape in (("bias13", bias13, (E, 2 * I)), ("bias2", bias2, (E, D))):
         if b is not None and b.shape != shape:
             raise ValueError(f"moe_experts: {name} {tuple(b.shape)} must be {shape}")
     others = {"w13": w13, "w2": w2, "bias13": bias13, "bias2": bias2}
-    for name, t in {**others, "weights": weights, **placed._asdict()}.items():
-        if t is not None and t.device != x.device:
-            raise ValueError(f"moe_experts: {name} on {t.device}, x on {x.device}")
-        if t is not None and name in others and t.dtype != x.dtype:
+    _moe.check_devices("moe_experts", x, {**others, "weights": weights, **placed._asdict()})
+    for name, t in others.items():
+        if t is not None and t.dtype != x.dtype:
             raise ValueError(f"moe_experts: {name} {t.dtype}, x {x.dtype}")
 
 
@@ -146,12 +129,7 @@ def moe_experts(
     biases.  ValueError where shapes, dtypes or devices do not fit.  Shazeer et al. 2017, arXiv:1701.06538, eq. 1;
     Shazeer 2020, arXiv:2002.05202; SonicMoE 2025, arXiv:2512.14080, what is kept.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"moe_experts: activation {activation!r} is none of {', '.join(ACTIVATIONS)}"
-        )
-    if limit is not None and not limit > 0:
-        raise ValueError(f"moe_experts: limit {limit} must be above 0")
+    _moe.check_activation("moe_experts", activation, limit)
     kind = _op.autocast_dtype(_op.device_type(x))
     if kind is not None:
         x, w13, w2 = (_op.autocast(t, kind) for t in (x, w13, w2))

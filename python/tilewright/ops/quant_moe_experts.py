@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from tilewright import _op
 from tilewright.expert_rows import ExpertRows
-from tilewright.ops.moe_experts import ACTIVATIONS
+from tilewright.ops import _moe
 from tilewright.ops.moe_route import MOST_EXPERTS
 from tilewright.quant_tensor import QuantTensor
 
@@ -107,14 +107,13 @@ def _check(
     bias2: Tensor | None,
 ) -> None:  # fmt: skip
     op = "quant_moe_experts"
-    if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(f"{op}: x must be floating point [..., D], not {x.dtype} {tuple(x.shape)}")
+    _moe.check_x(op, x)
     for name, w in (("w13", w13), ("w2", w2)):
         if not isinstance(w, QuantTensor):
             raise ValueError(f"{op}: {name} must be a QuantTensor, not {type(w).__name__}")
         if w.device != x.device:
             raise ValueError(f"{op}: {name} on {w.device}, x on {x.device}")
-    slots, D, E = weights.numel(), x.shape[-1], placed.offsets.numel() - 1
+    D, E = x.shape[-1], placed.offsets.numel() - 1
     if not 1 <= E <= MOST_EXPERTS:
         raise ValueError(
             f"{op}: offsets {tuple(placed.offsets.shape)} must be of 1 to {MOST_EXPERTS} experts"
@@ -125,19 +124,7 @@ def _check(
     I = N13 // (2 * E)
     if w2.shape != (E * D, I):
         raise ValueError(f"{op}: w2 {tuple(w2.shape)} must be {(E * D, I)}, of {E} experts")
-    if weights.dim() != x.dim() or weights.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"{op}: weights {tuple(weights.shape)} must be [..., k] for x {tuple(x.shape)}"
-        )
-    if not weights.is_floating_point():
-        raise ValueError(f"{op}: weights must be floating point, not {weights.dtype}")
-    shapes = {"order": (slots,), "rows": weights.shape, "offsets": (E + 1,)}
-    for name, t in placed._asdict().items():
-        if t.shape != shapes[name] or t.dtype != torch.int64:
-            raise ValueError(
-                f"{op}: {name} {t.dtype} {tuple(t.shape)} must be int64 {tuple(shapes[name])},"
-                " as moe_dispatch's"
-            )
+    _moe.check_slots(op, x, weights, placed, E)
     biases = {"bias13": (bias13, (E, 2 * I)), "bias2": (bias2, (E, D))}
     for name, (b, shape) in biases.items():
         if b is not None and (b.shape != shape or b.dtype != x.dtype):
@@ -147,9 +134,7 @@ def _check(
         if b is not None and b.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {name} is frozen as the weights are, and has no gradient")
     others = {"bias13": bias13, "bias2": bias2, "weights": weights, **placed._asdict()}
-    for name, t in others.items():
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{op}: {name} on {t.device}, x on {x.device}")
+    _moe.check_devices(op, x, others)
 
 
 def quant_moe_experts(
@@ -175,12 +160,7 @@ def quant_moe_experts(
     frozen.  Autocast casts x and the biases.  ValueError where shapes, dtypes or devices do not fit, or a bias asks
     for a gradient.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"quant_moe_experts: activation {activation!r} is none of {', '.join(ACTIVATIONS)}"
-        )
-    if limit is not None and not limit > 0:
-        raise ValueError(f"quant_moe_experts: limit {limit} must be above 0")
+    _moe.check_activation("quant_moe_experts", activation, limit)
     kind = _op.autocast_dtype(_op.device_type(x))
     if kind is not None:
         x = _op.autocast(x, kind)
