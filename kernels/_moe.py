@@ -1,4 +1,4 @@
-"""What the experts' kernels share: which rows a program has, the gated activation, and configurations.
+"""What the experts' kernels share: which rows a program has, the gated activation and its slopes, and configurations.
 
 P rows sorted by expert, each a slot's; E experts; M, N, K a product's sizes, M the rows of one expert.
 """
@@ -53,6 +53,39 @@ def gated(gate, up, limit, ACT: tl.constexpr):
     by_gate = tl.where((gate <= limit) | free, u * slope, 0.0)
     by_up = tl.where(((up <= limit) & (up >= -limit)) | free, value, 0.0)
     return value * u, by_gate, by_up
+
+
+@triton.jit
+def store_gated(
+    gate, up, rows, n, mask, h_ptr, a_ptr, N, limit, ACT: tl.constexpr, SAVE: tl.constexpr
+):
+    """a [P, N] = f(gate) up of gates and ups [BLOCK_M, BLOCK_N], rounded first; and where SAVE these as h [P, 2 N]."""
+    g, u = gate.to(a_ptr.dtype.element_ty), up.to(a_ptr.dtype.element_ty)
+    if SAVE:
+        to = h_ptr + rows[:, None] * (2 * N) + n[None, :]
+        tl.store(to, g, mask=mask)
+        tl.store(to + N, u, mask=mask)
+    a, _, _ = gated(g.to(tl.float32), u.to(tl.float32), limit, ACT)
+    tl.store(a_ptr + rows[:, None] * N + n[None, :], a, mask=mask)
+
+
+@triton.jit
+def store_slopes(
+    da, rows, n, mask, slots, known, h_ptr, weights_ptr, dh_ptr, part_ptr, stride_pm, N, limit, ACT: tl.constexpr
+):  # fmt: skip
+    """dh [P, 2 N] of da = dout w2 [BLOCK_M, BLOCK_N], and this tile's part of dweights, by slot; a again, as it was
+    rounded."""
+    at = rows[:, None] * (2 * N) + n[None, :]
+    gate = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(h_ptr + at + N, mask=mask, other=0.0).to(tl.float32)
+    a, by_gate, by_up = gated(gate, up, limit, ACT)
+    a = a.to(h_ptr.dtype.element_ty)
+    part = tl.sum(tl.where(mask, da * a.to(tl.float32), 0.0), axis=1)
+    tl.store(part_ptr + slots * stride_pm, part, mask=known)
+    da *= tl.load(weights_ptr + slots, mask=known, other=0.0).to(tl.float32)[:, None]
+    tl.store(dh_ptr + at, da * by_gate, mask=mask)
+    tl.store(dh_ptr + at + N, da * by_up, mask=mask)
+    return a
 
 
 def most_tiles(P: int, E: int, block: int) -> int:

@@ -18,12 +18,12 @@ from ._moe import (
     KEYS,
     block_of,
     dense,
-    gated,
     heuristic,
     key_of,
     most_tiles,
     slots_of,
     space,
+    store_slopes,
     tile_of,
 )
 from ._tune import Config, Tunable, fitted, grid, row_warps, split
@@ -61,17 +61,11 @@ def _moe_experts_dh_kernel(
             w = tl.load(w_ptr + w_rows, mask=w_mask, other=0.0)
             g = tl.dot(d, w, g, input_precision="ieee")
         mask = mask_m[:, None] & (n < N)[None, :]
-        at = rows[:, None] * (2 * N) + n[None, :]
-        gate = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(h_ptr + at + N, mask=mask, other=0.0).to(tl.float32)
-        a, by_gate, by_up = gated(gate, up, limit, ACT)
-        a_kept = a.to(a_ptr.dtype.element_ty)
-        tl.store(a_ptr + rows[:, None] * N + n[None, :], a_kept, mask=mask)
-        part = tl.sum(tl.where(mask, g * a_kept.to(tl.float32), 0.0), axis=1)
-        tl.store(parts_ptr + slots * stride_pm + pid % blocks, part, mask=known)
-        g *= tl.load(weights_ptr + slots, mask=known, other=0.0).to(tl.float32)[:, None]
-        tl.store(dh_ptr + at, g * by_gate, mask=mask)
-        tl.store(dh_ptr + at + N, g * by_up, mask=mask)
+        a = store_slopes(
+            g, rows, n, mask, slots, known, h_ptr, weights_ptr, dh_ptr, parts_ptr + pid % blocks, stride_pm, N,
+            limit, ACT,
+        )  # fmt: skip
+        tl.store(a_ptr + rows[:, None] * N + n[None, :], a, mask=mask)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._moe import ACTS, block_of, dense, gated, most_tiles, slots_of, tile_of
+from ._moe import ACTS, block_of, dense, most_tiles, slots_of, store_slopes, tile_of
 from ._moe_experts_bwd import BIAS_BLOCK, _moe_experts_bias_kernel
 from ._quant_moe import KEYS, config_of, experts_of, heuristic, shipped, space, tiles_in
 from ._quant_weight import MINIMA, tile_columns, weight_tile
@@ -51,16 +51,10 @@ def _quant_moe_experts_dh_kernel(
             acc = tl.dot(d.to(DOT_DTYPE), w.to(DOT_DTYPE), acc, input_precision=PRECISION)
         cols = k + tl.arange(0, BLOCK_K)
         mask = mask_m[:, None] & (cols < k_end)[None, :]
-        at = rows[:, None] * (2 * K) + cols[None, :]
-        gate = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(h_ptr + at + K, mask=mask, other=0.0).to(tl.float32)
-        a, by_gate, by_up = gated(gate, up, limit, ACT)
-        a = a.to(h_ptr.dtype.element_ty).to(tl.float32)
-        part = tl.sum(tl.where(mask, acc * a, 0.0), axis=1)
-        tl.store(parts_ptr + slots * stride_pm + tile, part, mask=known)
-        acc *= tl.load(weights_ptr + slots, mask=known, other=0.0).to(tl.float32)[:, None]
-        tl.store(dh_ptr + at, acc * by_gate, mask=mask)
-        tl.store(dh_ptr + at + K, acc * by_up, mask=mask)
+        store_slopes(
+            acc, rows, cols, mask, slots, known, h_ptr, weights_ptr, dh_ptr, parts_ptr + tile, stride_pm, K,
+            limit, ACT,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -19,12 +19,12 @@ from ._moe import (
     KEYS,
     block_of,
     dense,
-    gated,
     heuristic,
     key_of,
     most_tiles,
     slots_of,
     space,
+    store_gated,
     tile_of,
 )
 from ._moe_experts_bwd import moe_experts_bwd
@@ -70,14 +70,8 @@ def _moe_experts_up_kernel(
             bias = bias_ptr + expert * 2 * N + n
             gate += tl.load(bias, mask=n < N, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias + N, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        g, u = gate.to(a_ptr.dtype.element_ty), up.to(a_ptr.dtype.element_ty)
         mask = mask_m[:, None] & (n < N)[None, :]
-        if SAVE:
-            to = h_ptr + rows[:, None] * (2 * N) + n[None, :]
-            tl.store(to, g, mask=mask)
-            tl.store(to + N, u, mask=mask)
-        a, _, _ = gated(g.to(tl.float32), u.to(tl.float32), limit, ACT)
-        tl.store(a_ptr + rows[:, None] * N + n[None, :], a, mask=mask)
+        store_gated(gate, up, rows, n, mask, h_ptr, a_ptr, N, limit, ACT, SAVE)
 
 
 @triton.jit

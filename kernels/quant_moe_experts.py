@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._moe import ACTS, block_of, dense, gated, most_tiles, slots_of, tile_of
+from ._moe import ACTS, block_of, dense, most_tiles, slots_of, store_gated, tile_of
 from ._quant_moe import KEYS, config_of, experts_of, heuristic, shipped, space, tiles_in
 from ._quant_moe_experts_bwd import quant_moe_experts_bwd
 from ._quant_weight import MINIMA, tile_columns, weight_tile
@@ -64,15 +64,8 @@ def _quant_moe_experts_up_kernel(
         if HAS_BIAS:
             gate += tl.load(bias_ptr + gates, mask=n < N, other=0.0).to(tl.float32)[:, None]
             up += tl.load(bias_ptr + gates + N, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        kept_gate = tl.trans(gate).to(a_ptr.dtype.element_ty)
-        kept_up = tl.trans(up).to(a_ptr.dtype.element_ty)
         mask = mask_m[:, None] & (n < N)[None, :]
-        if SAVE:
-            to = h_ptr + rows[:, None] * (2 * N) + n[None, :]
-            tl.store(to, kept_gate, mask=mask)
-            tl.store(to + N, kept_up, mask=mask)
-        a, _, _ = gated(kept_gate.to(tl.float32), kept_up.to(tl.float32), limit, ACT)
-        tl.store(a_ptr + rows[:, None] * N + n[None, :], a, mask=mask)
+        store_gated(tl.trans(gate), tl.trans(up), rows, n, mask, h_ptr, a_ptr, N, limit, ACT, SAVE)
 
 
 @triton.jit
