@@ -53,7 +53,10 @@ SANITIZE_FLAGS = (
 
 
 def unit_objects(build_dir: Path) -> list[str]:
-    """Compile each csrc/cpu/*.cpp once per instruction set, with ninja; return the objects."""
+    """Compile each csrc/cpu/*.cpp once per instruction set, with ninja; return the objects.
+
+    Its file names no folder outside the tree: a copy of the tree with its objects compiles nothing.
+    """
     compiler = os.environ.get("CXX", "g++")
     lines = [
         f"rule cc\n  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out\n"
@@ -63,12 +66,12 @@ def unit_objects(build_dir: Path) -> list[str]:
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         levels = {"": ""} if source.stem == "isa" else LEVELS
         for level, flags in levels.items():
-            target = build_dir / f"{source.stem}.{level or 'base'}.o"
+            target = f"{source.stem}.{level or 'base'}.o"
             define = f"-DTW_ISA={level}" if level else ""
             lines.append(
-                f"build {target}: cc {source}\n  flags = {UNIT_FLAGS} {SANITIZE_FLAGS} {define} {flags}\n"
+                f"build {target}: cc {os.path.relpath(source, build_dir)}\n  flags = {UNIT_FLAGS} {SANITIZE_FLAGS} {define} {flags}\n"
             )
-            objects.append(str(target))
+            objects.append(str(build_dir / target))
     build_dir.mkdir(parents=True, exist_ok=True)
     (build_dir / "build.ninja").write_text("\n".join(lines))
     ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+UNITS = "build/temp/units"  # objects, which ninja takes as they are in a copy of the tree
 BLOCK = re.compile(
     r"(?:^`(?P<path>[\w./]+)`:\n\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S
 )
 
 
 def copy_tree(target: Path) -> None:
-    """The files git knows or would add, links kept."""
+    """The files git knows or would add, links kept, and what is compiled of them."""
     listing = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "-z"],
         capture_output=True,
@@ -28,6 +29,8 @@ def copy_tree(target: Path) -> None:
         if source.is_symlink() or source.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, copy, follow_symlinks=False)
+    if (ROOT / UNITS).is_dir():
+        shutil.copytree(ROOT / UNITS, target / UNITS)
 
 
 @pytest.mark.slow

@@ -169,12 +169,12 @@ def test_a_cpp_mutant_is_killed(mutant: tuple, objects: Path, tmp_path: Path):
     instead = {}
     for unit in units_with(mutant.path):
         was, becomes = objects / f"units/{unit.stem}.{level}.o", tmp_path / f"{unit.stem}.o"
-        ninja = ["ninja", "-C", str(was.parent), "-t", "commands", str(was)]
+        ninja = ["ninja", "-C", str(was.parent), "-t", "commands", was.name]
         command = subprocess.run(ninja, capture_output=True, text=True, check=True).stdout.strip()
-        command = command.splitlines()[-1].replace(str(was), str(becomes))
-        command = command.replace(str(unit), str(folder / unit.name))
+        command = command.splitlines()[-1].replace(was.name, str(becomes))
+        command = command.replace(os.path.relpath(unit, was.parent), str(folder / unit.name))
         command = command.replace("-O3", "-O1")  # in a third of the time
-        subprocess.run(command, shell=True, check=True, capture_output=True)
+        subprocess.run(command, shell=True, cwd=was.parent, check=True, capture_output=True)
         instead[was] = becomes
     package = linked(tmp_path, "_C.")
     (extension,) = PACKAGE.glob("_C.*.so")
