@@ -17,11 +17,11 @@ from tilewright.doctor import cpu_model, package_version
 
 
 def device_name() -> str:
-    """The GPU's name, or the CPU's with its cores: one folder of results a device."""
+    """The GPU's name, or the CPU's with its instruction set and cores: one folder of results a device."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
-        name = f"{cpu_model()} {os.cpu_count()} cores"
+        name = f"{cpu_model()} {_native.cpu_isa() or ""} {os.cpu_count()} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "")).strip("-")
 
 
