@@ -21,7 +21,7 @@ def device_name() -> str:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
-        name = f"{cpu_model()} {_native.cpu_isa() or ""} {os.cpu_count()} cores"
+        name = f"{cpu_model()} {_native.cpu_isa() or ''} {os.cpu_count()} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "")).strip("-")
 
 

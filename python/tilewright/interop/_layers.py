@@ -278,6 +278,9 @@ def gelu_tanh_experts(
     return experts(self, hidden_states, top_k_index, top_k_weights, "gelu_tanh")
 
 
+ACTIVATION_OF = {silu_experts: "silu", gelu_experts: "gelu", gelu_tanh_experts: "gelu_tanh"}
+
+
 def _is_experts(module: torch.nn.Module) -> bool:
     found = _parameters(module)
     return found.get("gate_up_proj") == found.get("down_proj") == 3

@@ -66,7 +66,7 @@ def patch(model: torch.nn.Module) -> Patched:
         layer = next((each for each in LAYERS if each.fits(module)), None)
         if layer is None:
             continue
-        forward, why = _forward(module, layer, tried)
+        forward, why = forward_for(module, layer, tried)
         if forward is None:
             done.left[name] = why
         else:
@@ -105,7 +105,7 @@ def _put(module: torch.nn.Module, forward: Any) -> None:
     vars(module)[name] = MethodType(forward, module)
 
 
-def _forward(module: torch.nn.Module, layer: Layer, tried: dict) -> tuple[Any, str]:
+def forward_for(module: torch.nn.Module, layer: Layer, tried: dict) -> tuple[Any, str]:
     """Which of layer's forwards may stand for module's own, or why none may."""
     current: Any = _own(module)
     if _is_ours(current):

@@ -1,16 +1,16 @@
-"""quantization_config=TilewrightConfig(...) for the models of transformers: their linear layers as nn.QuantLinear.
+"""quantization_config=TilewrightConfig(...) for the models of transformers: their linear layers as nn.QuantLinear,
+their mixtures' experts as nn.QuantExperts.
 
 transformers builds a model on the meta device and fills it tensor by tensor.  A layer stays torch.nn.Linear
 until its tensors are there, and becomes nn.QuantLinear then: of a float weight by rounding it, of a quantised
 folder by reading what lies there.  So which layers are quantised and how is what the tensors say, and a layer
-that a folder lacks is initialised as any other.
+that a folder lacks is initialised as any other.  Experts are nn.Experts until both their weights are there.
 """
 
 import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -18,19 +18,31 @@ import torch
 from torch import Tensor
 
 from tilewright import nn
+from tilewright.interop.experts import own_experts
 from tilewright.interop.transformers import NAME
 from tilewright.quant import apply, checkpoint
 from tilewright.quant.apply import WITH_INPUTS, QuantConfig
-from tilewright.quant_tensor import ACTIVATIONS, NAMES, QuantTensor, check_order
+from tilewright.quant_tensor import ACTIVATIONS, NAMES
 
 try:
-    from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.core_model_loading import WeightConverter
     from transformers.quantizers import (
         HfQuantizer,
         register_quantization_config,
         register_quantizer,
     )
     from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    from tilewright.interop._conversions import (
+        EACH,
+        HELD,
+        PARTS,
+        Quantise,
+        Read,
+        ReadExperts,
+        is_experts,
+        is_ours,
+    )
 except ImportError as error:
     raise ImportError(f"TilewrightConfig needs transformers 5.0 or newer: {error}") from error
 
@@ -127,6 +139,7 @@ class TilewrightQuantizer(HfQuantizer):
         if not self.pre_quantized and quantization_config.method is None:
             raise ValueError("TilewrightConfig: method is None, and the weights are not quantised")
         self.planned: frozenset[str] = frozenset()
+        self.mixtures: frozenset[str] = frozenset()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")
@@ -146,13 +159,19 @@ class TilewrightQuantizer(HfQuantizer):
         layers = {
             name: layer
             for name, layer in apply.linears(model, skip).items()
-            if f"{name}.weight" not in tied and not _within(name, skip)
+            if f"{name}.weight" not in tied and not _skipped(name, skip)
         }
         self.planned = frozenset(layers)
+        left = own_experts(model, lambda name: not _skipped(name, skip))
+        self.mixtures = frozenset(n for n, m in model.named_modules() if isinstance(m, nn.Experts))
         if self.pre_quantized:
             return
+        for name, why in left.items():
+            warnings.warn(f"TilewrightConfig: {name} stays as it is: {why}", stacklevel=2)
         apply.check(layers, config.settings())
-        if not layers:
+        for name in self.mixtures:
+            apply.check_experts(name, model.get_submodule(name), config.settings())
+        if not layers and not self.mixtures:
             warnings.warn(
                 f"TilewrightConfig: {type(model).__name__} has no torch.nn.Linear to quantise",
                 stacklevel=2,
@@ -163,7 +182,7 @@ class TilewrightQuantizer(HfQuantizer):
 
     def _is_planned(self, param_name: str) -> bool:
         name, _, last = param_name.rpartition(".")
-        return last == "weight" and name in self.planned
+        return name in self.planned if last == "weight" else last in PARTS and name in self.mixtures
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes, for device_map="auto"; a byte where the folder's own format says how many bits."""
@@ -176,9 +195,9 @@ class TilewrightQuantizer(HfQuantizer):
         beside = config.settings().scale_dtype.itemsize * (1 if config.symmetric else 2)
         return config.bits / 8 + beside / size
 
-    def get_quantize_ops(self) -> ConversionOps:
+    def get_quantize_ops(self) -> Quantise:
         config = self.quantization_config
-        return _Quantise(config.settings(), self.planned, config.activations)
+        return Quantise(config.settings(), self.planned | self.mixtures, config.activations)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         if not self.pre_quantized:
@@ -188,13 +207,28 @@ class TilewrightQuantizer(HfQuantizer):
         if source is not None:
             activations = checkpoint.activations(source)
         names = NAMES if source is None else checkpoint.names(source)
-        patterns = {rf"\.{re.escape(name)}$": name for name in names}
         read = None if source is None else checkpoint.reader(source)
-        return [
-            WeightConverter(
-                list(patterns), ".weight", operations=[_Read(patterns, read, activations)]
-            )
-        ]
+        lasts = sorted({name.rpartition(".")[2] for name in self.mixtures})
+        # of one tensor's conversions only the first is done
+        found: list[tuple[Any, str, Any]] = []
+        for last, part in ((last, part) for last in lasts for part in PARTS):
+            if read is None:
+                patterns = {rf"\.{last}\.{part}\.{re.escape(name)}$": name for name in names}
+                found.append((patterns, f".{last}.{part}", Read(patterns, read, activations)))
+                continue
+            each = {
+                rf"\.{last}\.*.{own}\.{re.escape(name)}$": (own, name)
+                for own in (own for family in EACH[part] for own in family)
+                for name in names
+            }
+            found.append((each, f".{last}.{part}", ReadExperts(each, part, read)))
+        patterns = {rf"\.{re.escape(name)}$": name for name in names}
+        found.append((patterns, ".weight", Read(patterns, read, activations)))
+        return [WeightConverter(list(of), to, operations=[op]) for of, to, op in found]
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Ours first: the model's own would take the tensors of an expert's weight for the weight."""
+        return self.get_weight_conversions() + weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # transformers asks about the first of the weights that it makes of one tensor: others may be left
@@ -203,14 +237,23 @@ class TilewrightQuantizer(HfQuantizer):
             if isinstance(weight, Tensor) and getattr(weight, "_is_hf_initialized", False):
                 quantised = apply.quantised(weight, self.quantization_config.settings(), None)
                 apply.put(model, name, quantised, self.quantization_config.activations)
-        for module in model.modules():
+        for name, module in model.named_modules():
+            if HELD in vars(module):
+                raise ValueError(
+                    f"{name}: of the experts' weights only {', '.join(vars(module)[HELD])} is quantised"
+                )
             bias = module.bias if isinstance(module, nn.QuantLinear) else None
             if bias is not None and not getattr(bias, "_is_hf_initialized", False):
                 torch.nn.init.zeros_(bias)  # as transformers does a torch.nn.Linear's
+            if isinstance(module, nn.QuantExperts):
+                module.requires_grad_(False)  # biases that came after their weights
         # save_pretrained would undo the reading, and the layers are saved as they are
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
-            model._weight_conversions = [c for c in conversions if not _is_ours(c)]
+            mixtures = any(isinstance(m, nn.QuantExperts) for m in model.modules())
+            model._weight_conversions = [
+                c for c in conversions if not (is_ours(c) or (mixtures and is_experts(c)))
+            ]
         source = self.quantization_config.source
         if source is not None:
             activations = checkpoint.activations(source)
@@ -231,77 +274,9 @@ class TilewrightQuantizer(HfQuantizer):
         return True
 
 
-@dataclass
-class _Quantise(ConversionOps):
-    """A float weight that has been loaded, into a layer."""
-
-    config: QuantConfig
-    planned: frozenset[str]
-    activations: str
-
-    @torch.no_grad()
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **told: Any
-    ) -> dict[str, Any]:
-        rest = {}  # a conversion of the model's may make several weights of one tensor
-        for key, found in input_dict.items():
-            tensor, name = _only(found), key.removesuffix(".weight")
-            if key == name or name not in self.planned:
-                rest[key] = tensor
-                continue
-            weight = apply.quantised(tensor, self.config, None)
-            _put(told["model"], name, weight, self.activations, told["missing_keys"])
-        return rest
-
-
-@dataclass
-class _Read(ConversionOps):
-    """The tensors of a layer in a folder, by pattern; read is None where they are nn.QuantLinear's own."""
-
-    patterns: dict[str, str]
-    read: checkpoint.Read | None
-    activations: str
-
-    @torch.no_grad()
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **told: Any
-    ) -> dict[str, Any]:
-        tensors = {self.patterns[pattern]: _only(found) for pattern, found in input_dict.items()}
-        if tensors.keys() == {"weight"} and tensors["weight"].is_floating_point():
-            return {told["full_layer_name"]: tensors["weight"]}  # others call their codes weight
-        model, name = told["model"], told["full_layer_name"].removesuffix(".weight")
-        layer = model.get_submodule(name)
-        if type(layer) is not torch.nn.Linear:
-            raise ValueError(f"{name} is quantised, and a {type(layer).__name__}, not a Linear")
-        if self.read is not None:
-            weight = self.read(name, tensors)
-        else:
-            lacking = [part for part in ("qweight", "scales") if part not in tensors]
-            if lacking:
-                raise ValueError(f"{name}: {', '.join(lacking)} missing beside {sorted(tensors)}")
-            check_order(f"{name}.order", tensors.get("order"))
-            weight = QuantTensor.of(tensors, 8 * tensors["qweight"].shape[-1] // layer.in_features)
-        _put(model, name, weight, self.activations, told["missing_keys"])
-        return {}
-
-
-def _only(found: Any) -> Tensor:
-    return found[0] if isinstance(found, list) else found
-
-
-def _put(model: Any, name: str, weight: QuantTensor, activations: str, missing_keys: Any) -> None:
-    apply.put(model, name, weight, activations)
-    # some models initialise a layer's weight by its name: it says that there is nothing to do
-    object.__setattr__(weight, "_is_hf_initialized", True)
-    missing_keys.discard(f"{name}.weight")
-
-
-def _within(name: str, modules: Iterable[str]) -> bool:
-    return any(f".{module}." in f".{name}." for module in modules)
-
-
-def _is_ours(conversion: Any) -> bool:
-    return any(isinstance(op, _Read) for op in getattr(conversion, "operations", ()))
+def _skipped(name: str, skip: Iterable[str]) -> bool:
+    """Whether skip has an end of a module's name, or the name of one that it is within."""
+    return any(f".{each}." in f".{name}." or name.endswith(each) for each in skip)
 
 
 def load_quantized(path: str | os.PathLike[str], model_class: Any = None, **kwargs: Any) -> Any:

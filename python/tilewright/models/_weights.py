@@ -207,22 +207,41 @@ class Folder:
         """The embedding `name`, [rows, columns]."""
         return _embedding(self.linear([name], [rows], columns), self.dtype)
 
-    def experts(self, name: str, parts: Sequence[str], packed: str, shape: Sequence[int]) -> Tensor:
+    def experts(
+        self, name: str, parts: Sequence[str], packed: str, shape: Sequence[int]
+    ) -> Tensor | QuantTensor:
         """Matrices of E experts, [E, len(parts) rows, columns] for shape [E, rows, columns]: `name`.packed where it
-        is there, else `name`.e.part of each part and expert e, stacked."""
+        is there, else `name`.e.part of each part and expert e, stacked; quantised ones one below the other."""
         E, rows, columns = shape
         whole = (E, len(parts) * rows, columns)
         if self.has(f"{name}.{packed}"):
             return self.tensor(f"{name}.{packed}", whole)
         every = [(f"{name}.{e}.{part}", e, i) for e in range(E) for i, part in enumerate(parts)]
+        quantised = [self._is_quantised(each) for each, _, _ in every]
+        if any(quantised):
+            if not all(quantised):
+                one = every[quantised.index(False)][0]
+                raise ValueError(f"{self.path}: {one} is not quantised, and other experts are")
+            return self._quantised_experts([each for each, _, _ in every], (rows, columns))
         for each, _, _ in every:  # before a wrong size is allocated
-            if self._is_quantised(each):
-                raise ValueError(f"{self.path}: {each} is quantised, which experts here are not")
             self._check(f"{each}.weight", (rows, columns))
         stacked = torch.empty(whole, dtype=self.dtype, device=self.device)
         for each, e, i in every:
             weight = self._read(f"{each}.weight", (rows, columns))
             stacked[e, i * rows : (i + 1) * rows] = weight
+        return stacked
+
+    def _quantised_experts(self, names: Sequence[str], shape: Sequence[int]) -> QuantTensor:
+        weights = []
+        for name in names:
+            w = self._quant_tensor(name)
+            _check_shape(self.path, name, w.shape, shape)
+            weights.append(w)
+        stacked = QuantTensor.stacked(weights)
+        if stacked is None:
+            raise ValueError(
+                f"{self.path}: {names[0]} to {names[-1]} are not quantised alike, with one order of the columns"
+            )
         return stacked
 
     def _is_quantised(self, name: str) -> bool:

@@ -24,6 +24,7 @@ from tilewright.models._weights import GGUF, Folder, frozen
 from tilewright.models.llama import Layer, Llama
 from tilewright.nn.moe_router import MOST_CHOSEN, MOST_EXPERTS
 from tilewright.quant.gguf import GGUFFile
+from tilewright.quant_tensor import QuantTensor
 
 QWEN = ("qwen2_moe", "qwen3_moe")
 
@@ -166,7 +167,13 @@ def _mixture(c: MixtralConfig, source: Folder, at: str) -> nn.MoE:
         device="meta",  # no initialisation to throw away
     )  # fmt: skip
     moe.gate.weight = frozen(router)
-    moe.experts.gate_up_proj, moe.experts.down_proj = frozen(gate_ups), frozen(downs)
+    if isinstance(gate_ups, QuantTensor) and isinstance(downs, QuantTensor):
+        quantised: Any = nn.QuantExperts(gate_ups, downs, E).to(source.device)
+        moe.experts = quantised
+    elif isinstance(gate_ups, QuantTensor) or isinstance(downs, QuantTensor):
+        raise ValueError(f"{source.path}: {at}.experts are quantised in part")
+    else:
+        moe.experts.gate_up_proj, moe.experts.down_proj = frozen(gate_ups), frozen(downs)
     for name, linear in shared.items():
         setattr(moe.shared_expert, name, linear)
     if S:
@@ -177,7 +184,8 @@ def _mixture(c: MixtralConfig, source: Folder, at: str) -> nn.MoE:
 class Mixtral(Llama):
     """The model; from_pretrained makes one, of a Hugging Face folder.
 
-    The experts are floats, stacked as nn.MoE has them; other layers may be quantised.
+    Experts are stacked as nn.MoE has them, or nn.QuantExperts where the folder has them quantised; so may other
+    layers be.
     """
 
     config: MixtralConfig

@@ -9,6 +9,7 @@ from tilewright.nn.moe import MoE
 from tilewright.nn.moe_router import MoERouter
 from tilewright.nn.multihead_attention import MultiheadAttention
 from tilewright.nn.quant_embedding import QuantEmbedding
+from tilewright.nn.quant_experts import QuantExperts
 from tilewright.nn.quant_linear import QuantLinear
 from tilewright.nn.rms_norm import RMSNorm
 from tilewright.nn.rope import RotaryEmbedding
@@ -24,6 +25,7 @@ __all__ = [
     "MoERouter",
     "MultiheadAttention",
     "QuantEmbedding",
+    "QuantExperts",
     "QuantLinear",
     "RMSNorm",
     "RotaryEmbedding",

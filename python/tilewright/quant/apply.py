@@ -1,5 +1,5 @@
-"""Modules quantised in place: their linear layers become nn.QuantLinear, and embeddings, where they are to,
-nn.QuantEmbedding.
+"""Modules quantised in place: their linear layers become nn.QuantLinear, mixtures' experts nn.QuantExperts, and
+embeddings, where they are to, nn.QuantEmbedding.
 
 What gptq, awq and smoothquant need of a layer's inputs, `Inputs` gathers as the module runs.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tilewright import nn
-from tilewright.quant import quantisers
+from tilewright.quant import _experts, quantisers
 from tilewright.quant_tensor import SCALE_DTYPES, QuantTensor, activations_for
 
 METHODS = ("rtn", "gptq", "awq", "hqq", "smoothquant")
@@ -30,7 +30,7 @@ class QuantConfig:
         method's: -1 for smoothquant, else 128
     symmetric: no zero-points; hqq has none such; None is the method's: True but for hqq
     act_order, damping: gptq's
-    skip: ends of the names of layers that stay as they are
+    skip: ends of the names of layers, and of mixtures' experts, that stay as they are
     embeddings: 4 or 8 bits for embeddings, by rtn, and for what is tied to one, a head, whatever `skip` says of
         that; 0 leaves both as they are
     """
@@ -156,6 +156,16 @@ def _check_groups(name: str, K: int, bits: int, group: int) -> None:
         raise ValueError(f"quantize: {name}: groups of {size} inputs of 4 bits end within a byte")
 
 
+def check_experts(name: str, experts: nn.Experts, config: QuantConfig) -> None:
+    """Raises ValueError, with their name, where experts do not take config."""
+    if config.method in WITH_INPUTS:
+        raise ValueError(
+            f"quantize: {name}: experts are quantised by rtn or hqq, not {config.method}, unless skip names them"
+        )
+    for matrix, weight in _experts.matrices(name, experts).items():
+        _check_groups(matrix, weight.shape[-1], config.bits, config.group)
+
+
 def _check_embeddings(found: Mapping[str, torch.nn.Embedding], config: QuantConfig) -> None:
     for name, layer in found.items():
         _check_groups(name, layer.embedding_dim, config.embeddings, config.group)
@@ -186,6 +196,15 @@ def put(
     new.bias = layer.bias
     _put(module, name, new)
     return new
+
+
+def put_experts(
+    module: torch.nn.Module, name: str, gate_up_proj: QuantTensor, down_proj: QuantTensor
+) -> None:
+    """nn.QuantExperts of these weights in the place of the module's nn.Experts, whose biases it takes over."""
+    experts = module.get_submodule(name)
+    assert isinstance(experts, nn.Experts)
+    _put(module, name, _experts.of(experts, gate_up_proj, down_proj))
 
 
 def _put(module: torch.nn.Module, name: str, new: torch.nn.Module) -> None:
@@ -279,6 +298,12 @@ def quantised(weight: Tensor, config: QuantConfig, seen: Inputs | None) -> Quant
 
 
 @torch.no_grad()
+def quantised_experts(name: str, weight: Tensor, config: QuantConfig) -> QuantTensor:
+    """Experts' weight [E, N, K] by config, each expert's alone, as one [E N, K]."""
+    return _experts.stacked(name, weight, lambda w: quantised(w, config, None))
+
+
+@torch.no_grad()
 def fold(
     module: torch.nn.Module, config: QuantConfig, seen: dict[str, Inputs], folds: Iterable[Fold]
 ) -> None:
@@ -305,8 +330,8 @@ def fold(
 
 @torch.no_grad()
 def replace(module: torch.nn.Module, config: QuantConfig, seen: dict[str, Inputs]) -> None:
-    """The module's linear layers by nn.QuantLinear.  Raises ValueError, with the layer's name, where one does not
-    take config, before any is replaced."""
+    """The module's linear layers by nn.QuantLinear and its nn.Experts by nn.QuantExperts.  Raises ValueError, with the
+    layer's name, where one does not take config, before any is replaced."""
     made: dict[str, QuantTensor] = {}
     for name, layer in linears(module, config.skip).items():
         try:
@@ -315,6 +340,11 @@ def replace(module: torch.nn.Module, config: QuantConfig, seen: dict[str, Inputs
             raise ValueError(f"{name}: {error}") from error
         made[name] = weight
     replaced: dict[torch.nn.Module, torch.nn.Module] = {}
+    for name, experts in _experts.stacks(module, config.skip).items():
+        matrices = _experts.matrices(name, experts).items()
+        replaced[experts] = _experts.of(
+            experts, *(quantised_experts(matrix, weight, config) for matrix, weight in matrices)
+        )
     for name, weight in made.items():
         old = module.get_submodule(name)
         replaced[old] = put(module, name, weight, config.activations)
@@ -327,13 +357,15 @@ def quantize_(
     calibration: Iterable[Any] | None = None,
     folds: Sequence[Fold] = (),
 ) -> torch.nn.Module:
-    """model with its linear layers quantised, in place, and its embeddings where config says so.
+    """model with its linear layers and nn.Experts quantised, in place, and its embeddings where config says so.
 
     calibration: what the model is called with, one after another (a tuple's parts, a mapping's by name), which
     gptq, awq and smoothquant need.  folds say where awq's and smoothquant's factors go; without one they
     change nothing but the rounding.  What gptq and awq gather is K² floats a layer of K inputs, at once; a
-    model too large for that is quantised layer by layer (`tilewright quantize`).  Raises ValueError where a
-    layer does not take config or is not reached, or a fold names none, before any is changed.
+    model too large for that is quantised layer by layer (`tilewright quantize`).  Experts are quantised by rtn and
+    hqq, each expert alone.  Raises ValueError where a layer does not take config or is not reached, or a fold names
+    none, before any is changed; and where experts are of another library, or would need a calibration, and skip does
+    not name them.
     """
     alone = {torch.nn.Linear: "linear layer", torch.nn.Embedding: "embedding"}.get(type(model))
     if alone is not None:
@@ -343,6 +375,10 @@ def quantize_(
     check(layers, config)
     for name, layer in layers.items():
         check_finite(name, layer.weight)
+    for name, experts in _experts.stacks(model, config.skip).items():
+        check_experts(name, experts, config)
+        for matrix, weight in _experts.matrices(name, experts).items():
+            check_finite(matrix, weight)
     found = embeddings(model, config.skip) if config.embeddings else {}
     if config.embeddings and not found:
         raise ValueError(
