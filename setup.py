@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -44,6 +45,12 @@ if platform.machine() in ("x86_64", "AMD64"):
 # of one inline function apart.  gcc 12 warns of its own AVX-512 header's __Y, once a call.
 UNIT_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-math-errno -Wall -Wno-unknown-pragmas -Wno-maybe-uninitialized -Wno-uninitialized"
 
+# as torch's extensions have it, but without debug information, which takes as long again
+BIND_FLAGS = shlex.split(
+    "-std=c++20 -O2 -DNDEBUG -fwrapv -fPIC -fopenmp -fvisibility=hidden -Wall -DTORCH_API_INCLUDE_EXTENSION_H"
+    " -DTORCH_EXTENSION_NAME=_C"
+)
+
 SANITIZE = os.environ.get("TILEWRIGHT_SANITIZE")
 SANITIZE_FLAGS = (
     f"-fsanitize={SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
@@ -52,49 +59,59 @@ SANITIZE_FLAGS = (
 )
 
 
-def unit_objects(build_dir: Path) -> list[str]:
-    """Compile each csrc/cpu/*.cpp once per instruction set, with ninja; return the objects.
+def compiled(build_dir: Path, units: list[tuple[str, Path, str]]) -> list[str]:
+    """Object, source and flags of each: compiled with ninja, in build_dir; the objects.
 
-    Its file names no folder outside the tree: a copy of the tree with its objects compiles nothing.
+    Its file names no folder of the tree but by the way from build_dir, so that a copy of the tree with its objects
+    compiles nothing.
     """
-    compiler = os.environ.get("CXX", "g++")
     lines = [
-        f"rule cc\n  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out\n"
+        f"rule cc\n  command = {os.environ.get('CXX', 'g++')} $flags -MMD -MF $out.d -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc\n"
     ]
-    objects = []
-    for source in sorted((CSRC / "cpu").glob("*.cpp")):
-        levels = {"": ""} if source.stem == "isa" else LEVELS
-        for level, flags in levels.items():
-            target = f"{source.stem}.{level or 'base'}.o"
-            define = f"-DTW_ISA={level}" if level else ""
-            lines.append(
-                f"build {target}: cc {os.path.relpath(source, build_dir)}\n  flags = {UNIT_FLAGS} {SANITIZE_FLAGS} {define} {flags}\n"
-            )
-            objects.append(str(build_dir / target))
+    for target, source, flags in units:
+        way = os.path.relpath(source, build_dir)
+        lines.append(f"build {target}: cc {way}\n  flags = {flags} {SANITIZE_FLAGS}\n")
     build_dir.mkdir(parents=True, exist_ok=True)
     (build_dir / "build.ninja").write_text("\n".join(lines))
     ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
     jobs = shlex.split(f"-j {os.environ['MAX_JOBS']}" if "MAX_JOBS" in os.environ else "")
     subprocess.run([ninja, "-C", str(build_dir), *jobs], check=True, stdout=sys.stderr)
-    return objects
+    return [str(build_dir / target) for target, _, _ in units]
+
+
+def unit_objects(build_dir: Path) -> list[str]:
+    """The objects of each csrc/cpu/*.cpp, once per instruction set."""
+    units = []
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        levels = {"": ""} if source.stem == "isa" else LEVELS
+        for level, flags in levels.items():
+            define = f"-DTW_ISA={level}" if level else ""
+            name = f"{source.stem}.{level or 'base'}.o"
+            units.append((name, source, f"{UNIT_FLAGS} {define} {flags}"))
+    return compiled(build_dir, units)
+
+
+def bind_objects(build_dir: Path) -> list[str]:
+    """The objects of each csrc/bind/*.cpp, which read torch's headers: more than half of the work."""
+    device = "cuda" if torch.version.cuda and cpp_extension.CUDA_HOME else "cpu"
+    paths = [*cpp_extension.include_paths(device), sysconfig.get_path("include")]
+    flags = shlex.join([*BIND_FLAGS, *(f"-I{path}" for path in paths)])
+    sources = sorted((CSRC / "bind").glob("*.cpp"))
+    return compiled(build_dir, [(f"{source.stem}.o", source, flags) for source in sources])
 
 
 def extension():
     """CPU kernels always; the CUDA sources too where nvcc and a CUDA torch are here."""
-    sources = [str(p.relative_to(ROOT)) for p in sorted((CSRC / "bind").glob("*.cpp"))]
-    sources.append("csrc/module.cpp")
     cuda = sorted(str(p.relative_to(ROOT)) for p in (CSRC / "cuda").glob("*.cu"))
     sanitize = shlex.split(SANITIZE_FLAGS)
-    flags = {"cxx": ["-O2", "-std=c++20", "-fopenmp", "-fvisibility=hidden", *sanitize]}
+    flags = {"cxx": ["-g0", "-O2", "-std=c++20", "-fopenmp", "-fvisibility=hidden", *sanitize]}
+    kind, sources = cpp_extension.CppExtension, ["csrc/module.cpp"]
     if torch.version.cuda and cpp_extension.CUDA_HOME and cuda:
         arch = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a")]
         flags["nvcc"] = ["-O3", "-std=c++20", *arch]
-        flags["cxx"].append("-DTW_CUDA")
         bind = [str(p.relative_to(ROOT)) for p in sorted((CSRC / "bind/cuda").glob("*.cpp"))]
         kind, sources = cpp_extension.CUDAExtension, sources + cuda + bind
-    else:
-        kind = cpp_extension.CppExtension
     return kind(
         "tilewright._C",
         sources,
@@ -112,9 +129,10 @@ def build_command():
 
         def run(self):
             try:
-                units = unit_objects(Path(self.build_temp).resolve() / "units")
+                temp = Path(self.build_temp).resolve()
+                objects = unit_objects(temp / "units") + bind_objects(temp / "bind")
                 for ext in self.extensions:
-                    ext.extra_objects = units
+                    ext.extra_objects = objects
                 super().run()
             except Exception as error:  # any compiler failure leaves pure Python
                 if os.environ.get("TILEWRIGHT_REQUIRE_EXT") == "1":

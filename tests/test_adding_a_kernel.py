@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-UNITS = "build/temp/units"  # objects, which ninja takes as they are in a copy of the tree
+OBJECTS = "build/temp"  # objects, which ninja takes as they are in a copy of the tree
 BLOCK = re.compile(
     r"(?:^`(?P<path>[\w./]+)`:\n\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S
 )
@@ -29,8 +29,8 @@ def copy_tree(target: Path) -> None:
         if source.is_symlink() or source.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, copy, follow_symlinks=False)
-    if (ROOT / UNITS).is_dir():
-        shutil.copytree(ROOT / UNITS, target / UNITS)
+    if (ROOT / OBJECTS).is_dir():
+        shutil.copytree(ROOT / OBJECTS, target / OBJECTS)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-UNITS = "build/temp/units"  # objects, which ninja takes as they are in a copy of the tree
+OBJECTS = "build/temp"  # objects, which ninja takes as they are in a copy of the tree
 IGNORED = shutil.ignore_patterns(
     ".git",
     ".venv",
@@ -58,8 +58,8 @@ def wheel(source: Path, into: Path, **environment: str) -> tuple[Path, str]:
     """Build a wheel as pip does, unpack it; the folder, and what the build said."""
     tree = into / "tree"
     shutil.copytree(source, tree)
-    if (ROOT / UNITS).is_dir():
-        shutil.copytree(ROOT / UNITS, tree / UNITS)
+    if (ROOT / OBJECTS).is_dir():
+        shutil.copytree(ROOT / OBJECTS, tree / OBJECTS)
     done = run(sys.executable, "setup.py", "-q", "bdist_wheel", cwd=tree, **environment)
     (built,) = (tree / "dist").glob("*.whl")
     with zipfile.ZipFile(built) as archive:
