@@ -1,6 +1,7 @@
 """docs/kernels.md: what every kernel moves and compiles to, found without a GPU.
 
-python benchmarks/kernels.py --write     run the interpreter and the compilers, write the page
+python benchmarks/kernels.py --write             run the interpreter and the compilers, write the page
+python benchmarks/kernels.py --write rope rms_norm     the lines of these files of kernels/ and ops alone
 
 tests/test_traffic.py and tests/test_compile.py hold every line of it.
 """
@@ -46,7 +47,7 @@ SHAPES = {  # as `tilewright inspect` takes them
 }
 FORWARD_ONLY = ("attention_decode", "moe_dispatch", "rms_norm_int8")
 TRAFFIC = ("op", "pass", "sizes", "least bytes", "distinct", "loaded", "stored", "FLOPs of dots")
-COMPILED = ("kernel", "types", "constants", "registers", "spills", "shared KiB", "warps", "matrix",
+COMPILED = ("file", "kernel", "types", "constants", "registers", "spills", "shared KiB", "warps", "matrix",
             "16-byte loads")  # fmt: skip
 
 TEXT = """# Kernels: what they move and compile to
@@ -115,9 +116,9 @@ def cases() -> list[tuple[str, str, bool]]:
     ]
 
 
-def traffic() -> list[str]:
+def traffic(ops: Sequence[str]) -> list[str]:
     found = {d.OP: d for d in harness.discover(HERE) if hasattr(d, "OP")}
-    return [traffic_line(found[op], shape, backward) for op, shape, backward in cases()]
+    return [traffic_line(found[op], *case) for op, *case in cases() if op in ops]
 
 
 def _slashed(values: Sequence[object]) -> str:
@@ -137,6 +138,7 @@ def compiled_lines(rows: list[dict[str, Any]]) -> list[str]:
         first, hopper = found[0], by_arch[90]
         options = {k: v for k, v in first["options"].items() if k != "enable_fp_fusion"}
         cells = (
+            f"`{first['file']}`",
             f"`{first['kernel']}`",
             first["types"],
             " ".join(f"{k}={v}" for k, v in (first["constants"] | options).items()),
@@ -158,8 +160,8 @@ def of_hopper(line: str) -> str:
     return " | ".join(cell[at] if len(cell) == len(ARCHS) else " / ".join(cell) for cell in cells)
 
 
-def _compiled() -> list[str]:
-    """Every file's, as many at once as there are processors."""
+def _compiled(files: Sequence[str]) -> dict[str, list[str]]:
+    """Each file's lines, as many at once as there are processors."""
     command = [sys.executable, "-m", "tilewright.lab.compile"]
 
     def lines(file: str) -> list[str]:
@@ -168,31 +170,52 @@ def _compiled() -> list[str]:
         return compiled_lines([json.loads(line) for line in done.stdout.splitlines()])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lines, [*offline.files(), *offline.cuda_files()])
-        return [line for file in found for line in file]
+        return dict(zip(files, pool.map(lines, files), strict=True))
 
 
-def page() -> str:
-    command = [sys.executable, __file__, "--traffic"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    counted = [*_head(TRAFFIC), *done.stdout.splitlines()]
-    code = [*_head(COMPILED), *_compiled()]
+def page(names: Sequence[str] = ()) -> str:
+    """The page anew, or with the lines of these files and ops anew; the others as they are on it."""
+    every = [*offline.files(), *offline.cuda_files()]
+    ops = [op for op in SHAPES if not names or op in names]
+    files = [file for file in every if not names or file in names]
+    unknown = set(names) - set(ops) - set(files)
+    if unknown:
+        raise ValueError(f"no file of kernels/ and no op: {', '.join(sorted(unknown))}")
+    there = PAGE.read_text().splitlines() if names else []
+    counted = {op: _of(there, op) for op in SHAPES}
+    if ops:
+        command = [sys.executable, __file__, "--traffic", *ops]
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        counted |= {op: _of(done.stdout.splitlines(), op) for op in ops}
+    code = {file: _of(there, f"`{file}`") for file in every} | _compiled(files)
     return TEXT.format(
-        triton=version("triton"), traffic="\n".join(counted), compiled="\n".join(code)
+        triton=version("triton"),
+        traffic="\n".join([*_head(TRAFFIC), *sum(counted.values(), [])]),
+        compiled="\n".join([*_head(COMPILED), *sum(code.values(), [])]),
     )
+
+
+def _of(lines: Sequence[str], whose: str) -> list[str]:
+    """Those of a table whose first cell is this."""
+    return [line for line in lines if line.startswith(f"| {whose} | ")]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--write", action="store_true", help="write docs/kernels.md")
-    action.add_argument("--traffic", action="store_true", help="print the lines of traffic")
+    action.add_argument("--write", nargs="*", metavar="NAME", help="write docs/kernels.md")
+    action.add_argument("--traffic", nargs="*", metavar="OP", help="print the lines of traffic")
     options = parser.parse_args()
-    if options.traffic:
-        print("\n".join(traffic()))
+    if options.traffic is not None:
+        print("\n".join(traffic(options.traffic or list(SHAPES))))
         return 0
-    PAGE.write_text(page())
+    try:
+        text = page(options.write)
+    except ValueError as error:
+        print(f"kernels.py: {error}", file=sys.stderr)
+        return 2
+    PAGE.write_text(text)
     return 0
 
 
