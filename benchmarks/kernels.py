@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -191,8 +192,8 @@ def page(names: Sequence[str] = ()) -> str:
     code = {file: _of(there, f"`{file}`") for file in every} | _compiled(files)
     return TEXT.format(
         triton=version("triton"),
-        traffic="\n".join([*_head(TRAFFIC), *sum(counted.values(), [])]),
-        compiled="\n".join([*_head(COMPILED), *sum(code.values(), [])]),
+        traffic="\n".join([*_head(TRAFFIC), *chain.from_iterable(counted.values())]),
+        compiled="\n".join([*_head(COMPILED), *chain.from_iterable(code.values())]),
     )
 
 
