@@ -26,7 +26,18 @@ from ._moe import (
     store_slopes,
     tile_of,
 )
-from ._tune import Config, Tunable, fitted, grid, row_warps, split
+from ._moe_products import (
+    Lora,
+    Placed,
+    Term,
+    across,
+    lora_grads,
+    low_rank,
+    of_rows,
+    rank_block,
+    term_of,
+)
+from ._tune import Tunable, fitted, row_warps, split
 from .moe_combine import combined
 
 BIAS_BLOCK = 2048  # features of bias2 that a program takes at once
@@ -34,13 +45,14 @@ BIAS_BLOCK = 2048  # features of bias2 that a program takes at once
 
 @triton.jit
 def _moe_experts_dh_kernel(
-    dout_ptr, weights_ptr, h_ptr, order_ptr, offsets_ptr, w_ptr, dh_ptr, a_ptr, parts_ptr,
+    dout_ptr, weights_ptr, h_ptr, order_ptr, offsets_ptr, w_ptr, v_ptr, b_ptr, dh_ptr, a_ptr, parts_ptr,
     stride_dm, stride_we, stride_wn, stride_pm,
-    P, E, N, K, TOP_K, limit,
+    P, E, N, K, R, TOP_K, limit,
     ACT: tl.constexpr, FULL: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """dh [P, 2 N], a [P, N] and parts [P, blocks] of dweights, by slot; w [E, K, N]."""
+    """dh [P, 2 N], a [P, N] and parts [P, blocks] of dweights, by slot; w [E, K, N], v [P, R], b [E, R, N]."""
     blocks = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     expert, rows, mask_m = tile_of(offsets_ptr, pid // blocks, P, E, BLOCK_E, BLOCK_M)
@@ -60,6 +72,9 @@ def _moe_experts_dh_kernel(
             w_rows = (start + j).to(tl.int64)[:, None] * stride_wn + n[None, :]
             w = tl.load(w_ptr + w_rows, mask=w_mask, other=0.0)
             g = tl.dot(d, w, g, input_precision="ieee")
+        if BLOCK_R > 0:
+            b = b_ptr + expert * R * N + n
+            g = low_rank(g, v_ptr + rows * R, mask_m, 1, b, n < N, N, R, "ieee", BLOCK_R)
         mask = mask_m[:, None] & (n < N)[None, :]
         a = store_slopes(
             g, rows, n, mask, slots, known, h_ptr, weights_ptr, dh_ptr, parts_ptr + pid % blocks, stride_pm, N,
@@ -92,223 +107,118 @@ def _moe_experts_bias_kernel(
     tl.store(parts_ptr + slot * stride_pm, tl.sum(total, axis=0), mask=known)
 
 
-@triton.jit
-def _moe_experts_dx_kernel(
-    dh_ptr, offsets_ptr, w_ptr, dx_ptr,
-    stride_we, stride_wn,
-    P, E, N, K,
-    FULL: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """dx [P, N] of each row = dh [P, K] w [E, K, N]."""
-    blocks = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    expert, rows, mask_m = tile_of(offsets_ptr, pid // blocks, P, E, BLOCK_E, BLOCK_M)
-    n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    j = tl.arange(0, BLOCK_K)
-    d_rows = dh_ptr + rows[:, None] * K + j[None, :]
-    w_ptr += expert * stride_we
-    dx = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if tl.sum(mask_m.to(tl.int32), axis=0) > 0:
-        for start in range(0, K, BLOCK_K):
-            d_mask, w_mask = mask_m[:, None], (n < N)[None, :]
-            if not FULL:
-                d_mask = d_mask & (start + j < K)[None, :]
-                w_mask = w_mask & (start + j < K)[:, None]
-            d = tl.load(d_rows + start, mask=d_mask, other=0.0)
-            w_rows = (start + j).to(tl.int64)[:, None] * stride_wn + n[None, :]
-            w = tl.load(w_ptr + w_rows, mask=w_mask, other=0.0)
-            dx = tl.dot(d, w, dx, input_precision="ieee")
-        tl.store(
-            dx_ptr + rows[:, None] * N + n[None, :], dx, mask=mask_m[:, None] & (n < N)[None, :]
-        )
-
-
-@triton.jit
-def _moe_experts_dw_kernel(
-    left_ptr, right_ptr, weights_ptr, order_ptr, offsets_ptr, dw_ptr, dbias_ptr,
-    stride_lm, stride_rm,
-    P, N, K, TOP_K,
-    SCALED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """dw [E, N, K] = left^T right over an expert's rows, dbias [E, N] = left's sums.
-
-    Of each row: left's own, and right's token's; where SCALED left's token's times its weight, and right's own.
-    """
-    blocks = tl.cdiv(K, BLOCK_K)
-    pid = tl.program_id(0)
-    expert = tl.program_id(1).to(tl.int64)
-    n = (pid // blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = (pid % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-    begin = tl.maximum(tl.load(offsets_ptr + expert), 0)
-    stop = tl.minimum(tl.load(offsets_ptr + expert + 1), P)
-    dw = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    dbias = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(begin, stop, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        slots, known = slots_of(order_ptr, rows, rows < stop, P)
-        of_left, of_right = rows, slots // TOP_K
-        if SCALED:
-            of_left, of_right = slots // TOP_K, rows
-        at = left_ptr + of_left[:, None] * stride_lm + n[None, :]
-        left = tl.load(at, mask=known[:, None] & (n < N)[None, :], other=0.0)
-        if SCALED:
-            scale = tl.load(weights_ptr + slots, mask=known, other=0.0).to(tl.float32)
-            left = (left.to(tl.float32) * scale[:, None]).to(left_ptr.dtype.element_ty)
-        at = right_ptr + of_right[:, None] * stride_rm + k[None, :]
-        right = tl.load(at, mask=known[:, None] & (k < K)[None, :], other=0.0)
-        dw = tl.dot(tl.trans(left), right, dw, input_precision="ieee")
-        if HAS_BIAS:
-            dbias += tl.sum(left.to(tl.float32), axis=0)
-    to = dw_ptr + (expert * N + n[:, None]) * K + k[None, :]
-    tl.store(to, dw, mask=(n < N)[:, None] & (k < K)[None, :])
-    if HAS_BIAS:  # of the first columns' programs
-        tl.store(dbias_ptr + expert * N + n, dbias, mask=(n < N) & (pid % blocks == 0))
-
-
 DH = Tunable("moe_experts_dh", ("moe_experts",), KEYS, heuristic, space)
-DX = Tunable("moe_experts_dx", ("moe_experts",), KEYS, heuristic, space)
-
-
-def _dw_heuristic(dtype: torch.dtype, M: int, N: int, K: int) -> Config:
-    """Tiles of dw, M rows at a time."""
-    if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
-    rows = 32 if M <= 32 else 64
-    # so few rows are one step: a third stage would only spill on sm_120
-    stages = 2 if M <= 32 else 3
-    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": stages}
-
-
-def _dw_space(dtype: torch.dtype, M: int, N: int, K: int) -> list[Config]:
-    """Tiles of which a thread holds 128 sums at most, whose stages fit the smallest shared memory."""
-    found = grid(
-        BLOCK_M=(32, 64), BLOCK_N=(32, 64, 128, 256), BLOCK_K=(32, 64, 128, 256),
-        num_warps=(4, 8), num_stages=(2, 3, 4),
-    )  # fmt: skip
-    return [
-        c
-        for c in found
-        if c["BLOCK_N"] * c["BLOCK_K"] <= 4096 * c["num_warps"]
-        if (c["BLOCK_N"] + c["BLOCK_K"]) * c["BLOCK_M"] * dtype.itemsize * c["num_stages"]
-        <= 96 << 10
-    ]
-
-
-DW = Tunable("moe_experts_dw", ("moe_experts",), KEYS, _dw_heuristic, _dw_space)
 
 
 def moe_experts_bwd(
     dout: Tensor, x: Tensor, h: Tensor, weights: Tensor, order: Tensor, rows: Tensor, offsets: Tensor, w13: Tensor,
-    w2: Tensor, bias13: Tensor | None, bias2: Tensor | None, activation: str, limit: float, wanted: list[bool],
+    w2: Tensor, bias13: Tensor | None, bias2: Tensor | None, a13: Tensor | None, b13: Tensor | None, a2: Tensor | None,
+    b2: Tensor | None, activation: str, limit: float, scale: float, wanted: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of x, weights, w13, w2, bias13 and bias2, empty where not wanted or there is none."""
+    """The gradients of x, weights, w13, w2, the biases and the adapters, empty where not wanted or there is none."""
     E, D, I = w2.shape
     P, k = order.numel(), rows.shape[-1]
-    of_x, of_weights, of_w13, of_w2, of_bias13, of_bias2 = wanted
+    of_x, of_weights, of_w13, of_w2, of_bias13, of_bias2, *of_lora = wanted
     none = lambda: x.new_empty(0)  # noqa: E731
     if P == 0 or D == 0:
-        inputs = x, weights, w13, w2, x if bias13 is None else bias13, x if bias2 is None else bias2
-        there = *wanted[:4], of_bias13 and bias13 is not None, of_bias2 and bias2 is not None
+        inputs = x, weights, w13, w2, bias13, bias2, a13, b13, a2, b2
         return tuple(
-            t.new_zeros(t.shape if want else 0) for t, want in zip(inputs, there, strict=True)
+            none() if t is None else t.new_zeros(t.shape if want else 0)
+            for t, want in zip(inputs, wanted, strict=True)
         )
+    lora = Lora.of(a13, b13, a2, b2, scale)
     flat, grad, w13, w2 = dense(x.reshape(-1, D)), dense(dout.reshape(-1, D)), dense(w13), dense(w2)
-    order, offsets, weights = order.contiguous(), offsets.contiguous(), weights.contiguous()
+    placed, weights = Placed(order.contiguous(), offsets.contiguous(), k), weights.contiguous()
     a, dh = x.new_empty(P, I), x.new_empty(P, 2 * I)
     config = fitted(DH(x.device, *key_of(x, P, E, I, D)), D)
     blocks = triton.cdiv(I, config["BLOCK_N"])
     of_bias = bias2 is not None and of_weights
     parts = x.new_zeros(P, blocks + of_bias, dtype=torch.float32)
-    if of_bias:
-        wide = min(BIAS_BLOCK, triton.next_power_of_2(D))
-        _moe_experts_bias_kernel[(P,)](
-            grad, order, offsets, bias2.contiguous(), parts[:, blocks:],
-            grad.stride(0), parts.stride(0),
-            P, E, D, k,
-            BLOCK_E=block_of(E), BLOCK_N=wide, num_warps=row_warps(wide), enable_fp_fusion=True,
-        )  # fmt: skip
+    if bias2 is not None and of_weights:
+        bias_parts(grad, placed, bias2, parts[:, blocks:])
+    v2 = term = None
+    if lora.a2 is not None and lora.b2 is not None:
+        v2 = across(grad, lora.b2, placed, tokens=True, scale=scale)
+        term = Term(v2, lora.a2)
+    (v, b), R, block = term_of(term, x)
     _moe_experts_dh_kernel[(most_tiles(P, E, config["BLOCK_M"]) * blocks,)](
-        grad, weights, h, order, offsets, w2, dh, a, parts,
+        grad, weights, h, placed.order, placed.offsets, w2, v, b, dh, a, parts,
         grad.stride(0), w2.stride(0), w2.stride(1), parts.stride(0),
-        P, E, I, D, k, limit,
+        P, E, I, D, R, k, limit,
         ACT=ACTS[activation],
-        BLOCK_E=block_of(E), **config, enable_fp_fusion=True,
+        BLOCK_E=block_of(E), BLOCK_R=block, **config, enable_fp_fusion=True,
     )  # fmt: skip
+    v13 = term = None
+    if lora.a13 is not None and lora.b13 is not None and (of_x or of_lora[0]):
+        v13 = across(dh, lora.b13, placed, scale=scale)
+        term = Term(v13, lora.a13)
     dx = none()
     if of_x:
-        config = fitted(DX(x.device, *key_of(x, P, E, D, 2 * I)), 2 * I)
-        each = x.new_empty(P, D)
-        tiles = most_tiles(P, E, config["BLOCK_M"])
-        _moe_experts_dx_kernel[(tiles * triton.cdiv(D, config["BLOCK_N"]),)](
-            dh, offsets, w13, each,
-            w13.stride(0), w13.stride(1),
-            P, E, D, 2 * I,
-            BLOCK_E=block_of(E), **config, enable_fp_fusion=True,
-        )  # fmt: skip
-        dx = combined(each, torch.ones_like(weights), rows, offsets[E:]).view(x.shape)
-
-    def product(
-        left: Tensor, right: Tensor, scaled: bool, want: bool, want_bias: bool
-    ) -> tuple[Tensor, Tensor]:
-        """dw [E, N, K] and dbias [E, N]."""
-        if not (want or want_bias):
-            return none(), none()
-        N, K = left.shape[1], right.shape[1]
-        dw, dbias = x.new_empty(E, N, K), x.new_empty((E, N) if want_bias else 0)
-        config = DW(x.device, *key_of(x, P, E, N, K))
-        blocks = triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(K, config["BLOCK_K"])
-        _moe_experts_dw_kernel[(blocks, E)](
-            left, right, weights, order, offsets, dw, dbias,
-            left.stride(0), right.stride(0),
-            P, N, K, k,
-            SCALED=scaled, HAS_BIAS=want_bias, **config, enable_fp_fusion=True,
-        )  # fmt: skip
-        return dw if want else none(), dbias
-
-    dw13, dbias13 = product(dh, flat, False, of_w13, of_bias13 and bias13 is not None)
-    dw2, dbias2 = product(grad, a, True, of_w2, of_bias2 and bias2 is not None)
+        each = across(dh, w13, placed, term=term)
+        dx = combined(each, torch.ones_like(weights), rows, placed.offsets[E:]).view(x.shape)
+    dw13, dw2, dbias13, dbias2 = (none() for _ in range(4))
+    sums13, sums2 = of_bias13 and bias13 is not None, of_bias2 and bias2 is not None
+    if of_w13 or sums13:
+        dw13, dbias13 = of_rows(dh, flat, placed, right_tokens=True, bias=sums13)
+    if of_w2 or sums2:
+        dw2, dbias2 = of_rows(grad, a, placed, weights, left_tokens=True, bias=sums2)
     dweights = (
-        parts.sum(1).view(weights.shape).to(weights.dtype) if of_weights else weights.new_empty(0)
+        parts.sum(1).view(rows.shape).to(weights.dtype) if of_weights else weights.new_empty(0)
     )
-    return dx, dweights, dw13, dw2, dbias13, dbias2
+    of_adapters = lora_grads(lora, placed, weights, flat, grad, a, dh, v13, v2, of_lora)
+    return (
+        dx, dweights, dw13 if of_w13 else none(), dw2 if of_w2 else none(), dbias13, dbias2, *of_adapters,
+    )  # fmt: skip
+
+
+def bias_parts(dout: Tensor, placed: Placed, bias2: Tensor, parts: Tensor) -> None:
+    """The part of dweights that is of bias2, by slot: dout [T, D], parts [P, 1] of a wider tensor."""
+    E, D = bias2.shape
+    wide = min(BIAS_BLOCK, triton.next_power_of_2(D))
+    _moe_experts_bias_kernel[(len(parts),)](
+        dout, placed.order, placed.offsets, bias2.contiguous(), parts,
+        dout.stride(0), parts.stride(0),
+        len(parts), E, D, placed.k,
+        BLOCK_E=block_of(E), BLOCK_N=wide, num_warps=row_warps(wide), enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """(kernel, signature, constexprs, options) of what the launcher uses, to compile offline: Qwen3-30B's layer."""
     found = []
     cases = [
-        (16, "*bf16", True),
-        (1024, "*bf16", True),
-        (1024, "*fp32", True),
-        (1024, "*bf16", False),
+        (16, "*bf16", True, 0),
+        (1024, "*bf16", True, 0),
+        (1024, "*fp32", True, 0),
+        (1024, "*bf16", False, 0),
+        (1024, "*bf16", True, 16),
+        (1024, "*fp32", True, 16),
     ]
-    for M, t, plain in cases:
+    for M, t, plain, R in cases:
         tile, options = split(DH.heuristic(DTYPES[t], M, 1024, 2048))
-        tile = fitted(tile, 2048 if plain else 2040) | {"BLOCK_E": 128}
-        sizes = {"P": "i32", "E": "i32", "N": "i32", "K": "i32"}
-        weight = {"w_ptr": t, "stride_we": "i32", "stride_wn": "i32"}
-        rows = {"order_ptr": "*i64", "offsets_ptr": "*i64"}
-        dh = {
-            "dout_ptr": t,
-            "weights_ptr": "*fp32",
-            "h_ptr": t,
-            "dh_ptr": t,
-            "a_ptr": t,
+        tile = fitted(tile, 2048 if plain else 2040) | {
+            "BLOCK_E": 128,
+            "BLOCK_R": rank_block(DTYPES[t], R),
         }
-        dh |= {"parts_ptr": "*fp32", "stride_dm": "i32", "TOP_K": "i32", "limit": "fp32"}
-        dh |= {"stride_pm": "i32"}
+        dh = {"dout_ptr": t, "weights_ptr": "*fp32", "h_ptr": t, "dh_ptr": t, "a_ptr": t}
+        dh |= {"w_ptr": t, "v_ptr": t, "b_ptr": t, "parts_ptr": "*fp32", "limit": "fp32"}
+        dh |= {"order_ptr": "*i64", "offsets_ptr": "*i64"}
+        sizes = (
+            "stride_dm",
+            "stride_we",
+            "stride_wn",
+            "stride_pm",
+            "P",
+            "E",
+            "N",
+            "K",
+            "R",
+            "TOP_K",
+        )
         given = {"ACT": "silu" if plain else "gelu_tanh"}
-        found.append((_moe_experts_dh_kernel, dh | rows | weight | sizes, tile | given, options))
-        dx = {"dh_ptr": t, "offsets_ptr": "*i64", "dx_ptr": t}
-        found.append((_moe_experts_dx_kernel, dx | weight | sizes, tile, options))
-        tile, options = split(DW.heuristic(DTYPES[t], M, 1024, 2048))
-        dw = {"left_ptr": t, "right_ptr": t, "weights_ptr": "*fp32", "dw_ptr": t, "dbias_ptr": t}
-        dw |= {name: "i32" for name in ("stride_lm", "stride_rm", "P", "N", "K", "TOP_K")}
-        for scaled in (False, True):
-            given = {"SCALED": scaled, "HAS_BIAS": not plain}
-            found.append((_moe_experts_dw_kernel, dw | rows, tile | given, options))
+        found.append(
+            (_moe_experts_dh_kernel, dh | dict.fromkeys(sizes, "i32"), tile | given, options)
+        )
     bias = {
         "dout_ptr": "*bf16",
         "order_ptr": "*i64",

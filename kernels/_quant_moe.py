@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._moe import DTYPES, MOST_FEATURES, MOST_ROWS
+from ._moe_products import rank_block
 from ._quant_tiles import columns_of
 from ._quant_weight import CODEBOOK, MINIMA, SYMMETRIC, ZEROS, offset_of
 from ._tune import Config, Tunable, bucket, grid, split
@@ -105,33 +106,38 @@ def space(dtype: torch.dtype, bits: int, group: int, M: int, N: int, K: int) -> 
 
 
 def shipped() -> list[tuple[str, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """(x's type, signature of the weight and sizes, constexprs, options), to compile offline: Qwen3-30B's layer."""
+    """(x's type, signature of the weight, an adapter and sizes, constexprs, options), to compile offline: Qwen3-30B's
+    layer."""
     found = []
-    for M, t, bits, kind, group, *rest in (
-        (16, "*bf16", 4, ZEROS, 128),
-        (1024, "*bf16", 4, ZEROS, 128),
-        (1024, "*bf16", 4, MINIMA, 32),
-        (1024, "*bf16", 8, SYMMETRIC, 2048),
-        (32, "*bf16", 4, CODEBOOK, 64),
-        (1024, "*bf16", 4, CODEBOOK, 64, True),
-        (1024, "*fp32", 4, SYMMETRIC, 32),
-        (16, "*fp32", 8, MINIMA, 100),  # masked tiles
-        (1024, "*bf16", 4, ZEROS, 100),
+    for M, t, bits, kind, group, nested, R in (
+        (16, "*bf16", 4, ZEROS, 128, False, 0),
+        (1024, "*bf16", 4, ZEROS, 128, False, 0),
+        (1024, "*bf16", 4, MINIMA, 32, False, 0),
+        (1024, "*bf16", 8, SYMMETRIC, 2048, False, 0),
+        (32, "*bf16", 4, CODEBOOK, 64, False, 0),
+        (1024, "*bf16", 4, CODEBOOK, 64, True, 0),
+        (1024, "*fp32", 4, SYMMETRIC, 32, False, 0),
+        (16, "*fp32", 8, MINIMA, 100, False, 0),  # masked tiles
+        (1024, "*bf16", 4, ZEROS, 100, False, 0),
+        (1024, "*bf16", 4, CODEBOOK, 64, True, 16),  # QLoRA
+        (1024, "*fp32", 4, SYMMETRIC, 32, False, 16),
     ):
-        dtype, nested = DTYPES[t], bool(rest)
+        dtype = DTYPES[t]
         block = finished(heuristic(dtype, bits, group, M, 1024, 2048), dtype, group, kind)
         block, options = split(block)
         constants = block | {
             "BITS": bits,
             "OFFSET": kind,
             "NESTED": nested,
+            "BLOCK_R": rank_block(dtype, R),
         }
         scale = "*u8" if nested else "*fp16"
         signature = {"q_ptr": "*u8", "s_ptr": scale}
         signature |= {"o_ptr": "*fp32" if kind == CODEBOOK else "*fp16"}
         tables = ("code_ptr", "block_ptr", "shift_ptr")
         signature |= dict.fromkeys(tables, "*fp32" if nested else scale)
-        sizes = ("stride_qn", "stride_sn", "P", "E", "N", "group", "tiles_per_group", "tiles")
+        sizes = "stride_qn", "stride_sn", "P", "E", "N", "R", "group", "tiles_per_group", "tiles"
         signature |= {"offsets_ptr": "*i64", **dict.fromkeys(sizes, "i32")}
+        signature |= {"u_ptr": t, "b_ptr": t}
         found.append((t, signature, constants | {"BLOCK_E": 128}, options))
     return found

@@ -25,16 +25,20 @@ MAX_LINES = 450  # a kernel and its backward, or a model, told whole; past that,
 # What the modules of each part may import from tilewright, and from outside beyond the standard
 # library.  A part may always import its own modules.
 BASE = {"torch"}
-SHARED = {"_native", "_op", "expert_rows", "quant_tensor", "testing"}
+SHARED = {"_native", "_op", "expert_lora", "expert_rows", "quant_tensor", "testing"}
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton"}),
+    "expert_lora": (set(), BASE),
     "expert_rows": (set(), BASE),
     "quant_tensor": (set(), BASE),
     "masks": (set(), BASE),
-    "reference": ({"expert_rows", "quant_tensor"}, BASE),
+    "reference": ({"expert_lora", "expert_rows", "quant_tensor"}, BASE),
     "_native": ({"_C"}, BASE),
     "_op": ({"_native", "reference", "kernels", "lab"}, BASE),  # lab: under the interpreter
-    "ops": ({"_op", "_native", "expert_rows", "kernels", "masks", "quant_tensor"}, BASE),
+    "ops": (
+        {"_op", "_native", "expert_lora", "expert_rows", "kernels", "masks", "quant_tensor"},
+        BASE,
+    ),
     "testing": ({"ops", "reference", "quant_tensor"}, BASE),
     "nn": ({"masks", "ops", "quant_tensor"}, BASE),
     "quant": ({"nn", "ops", "quant_tensor"}, BASE | {"gguf", "numpy", "safetensors"}),

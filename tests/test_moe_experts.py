@@ -280,11 +280,11 @@ def test_only_x_and_h_are_kept(device):
 def test_opcheck(bias, device):
     inputs, placed = drawn(device, 9, 4, 2, 16, 8, bias=bias)
     x, weights, w13, w2, *biases = (t.detach() for t in inputs)
-    more = (weights, *placed, w13, w2, *(biases or (None, None)), "silu", 1.0)
+    more = (weights, *placed, w13, w2, *(biases or (None, None)), *[None] * 4, "silu", 1.0, 1.0)
     for save in (False, True):
         torch.library.opcheck(torch.ops.tilewright.moe_experts_fwd.default, (x, *more, save))
     _, h = torch.ops.tilewright.moe_experts_fwd(x, *more, True)
-    for wanted in ([True] * 6, [False, True, False, True, True, False]):
+    for wanted in ([True] * 10, [False, True, False, True, True] + [False] * 5):
         args = torch.randn_like(x), x, h, *more, wanted
         torch.library.opcheck(torch.ops.tilewright.moe_experts_bwd.default, args)
     half = [

@@ -293,21 +293,25 @@ def test_opcheck(form, device):
     fwd = torch.ops.tilewright.quant_moe_experts_fwd
     bwd = torch.ops.tilewright.quant_moe_experts_bwd
     for order, biases, save in ((None, (None, None), False), (order2, (bias13, bias2), True)):
-        args = x, weights, *given.placed, *both, order, *biases, "silu", 1.0, save
+        more = *both, order, *biases, *[None] * 4, "silu", 1.0, 1.0, save
+        args = x, weights, *given.placed, *more
         torch.library.opcheck(fwd.default, args)
     _, h = fwd(*args)
     for wanted in ([True, True], [False, True], [True, False]):
         args = (
             torch.randn_like(x),
+            None,
             h,
             weights,
             *given.placed,
             *both,
             order2,
             bias2,
+            *[None] * 4,
             "silu",
             1.0,
-            wanted,
+            1.0,
+            wanted + [False] * 4,
         )
         torch.library.opcheck(bwd.default, args)
 

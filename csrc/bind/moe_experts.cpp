@@ -1,5 +1,5 @@
 // tilewright::moe_experts_fwd and moe_experts_bwd on the CPU.
-#include "moe_rows.h"
+#include "moe_lora.h"
 
 namespace tilewright {
 namespace {
@@ -12,11 +12,13 @@ struct Given {
   cpu::Experts m{};
   int64_t P;
   Tensor order, rows, offsets, weights, w13, w2, bias13, bias2;  // contiguous; of w13 and w2 the last dimension
+  MoeLora lora;
   std::optional<RowView> x;
 
   Given(const Tensor& x, const Tensor& weights, const Tensor& order, const Tensor& rows, const Tensor& offsets,
-        const Tensor& w13, const Tensor& w2, const OptTensor& bias13, const OptTensor& bias2,
-        c10::string_view activation, double limit) {
+        const Tensor& w13, const Tensor& w2, const OptTensor& bias13, const OptTensor& bias2, const MoeLora& lora,
+        c10::string_view activation, double limit)
+      : lora(lora) {
     m.dtype = dtype_of(x, "moe_experts", "x");
     m.act = moe_activation("moe_experts", activation);
     m.limit = float(limit);
@@ -44,9 +46,11 @@ struct Given {
     m.w2 = matrices("w2", w2, x, this->w2);
     m.bias13 = bias("bias13", bias13, x, 2 * m.I, this->bias13);
     m.bias2 = bias("bias2", bias2, x, m.D, this->bias2);
+    lora.check("moe_experts", x, m.E, m.D, m.I);
   }
 
   int64_t here() const { return m.offsets[m.E]; }
+  MoePlaced placed() const { return {m.dtype, m.E, m.k, P, m.order, m.offsets}; }
 
  private:
   static cpu::Matrices matrices(const char* name, const Tensor& w, const Tensor& x, Tensor& held) {
@@ -66,36 +70,41 @@ struct Given {
   }
 };
 
-int64_t blocks_of(int64_t n) { return (n + cpu::MOE_COLUMNS - 1) / cpu::MOE_COLUMNS; }
-
-// The blocks of an [.., n] result shared among threads, a block at least of some work each.
-template <class F>
-void over(int64_t n, int64_t work, F f) {
-  at::parallel_for(0, blocks_of(n), row_grain(work * cpu::MOE_COLUMNS / 4), f);
-}
-
 std::tuple<Tensor, Tensor> moe_experts_fwd(const Tensor& x, const Tensor& weights, const Tensor& order,
                                            const Tensor& rows, const Tensor& offsets, const Tensor& w13,
                                            const Tensor& w2, const OptTensor& bias13, const OptTensor& bias2,
-                                           c10::string_view activation, double limit, bool save) {
-  Given g(x, weights, order, rows, offsets, w13, w2, bias13, bias2, activation, limit);
+                                           const OptTensor& a13, const OptTensor& b13, const OptTensor& a2,
+                                           const OptTensor& b2, c10::string_view activation, double limit,
+                                           double scale, bool save) {
+  Given g(x, weights, order, rows, offsets, w13, w2, bias13, bias2, {a13, b13, a2, b2, scale}, activation, limit);
   cpu::Experts& m = g.m;
   Tensor h = at::empty({save ? g.P : 0, 2 * m.I}, x.options()), out = at::empty(x.sizes(), x.options());
-  Tensor a = at::empty({g.P, m.I}, x.options()), y = at::empty({g.P, m.D}, x.options());
+  Tensor a = at::empty({g.P, m.I}, x.options()), y = at::empty({g.P, m.D}, x.options()), u13, u2;
   m.h = save ? h.mutable_data_ptr() : nullptr;
   m.a = a.mutable_data_ptr(), m.y = y.mutable_data_ptr();
   const auto up = TW_PICK(moe_experts_up), down = TW_PICK(moe_experts_down);
-  over(m.I, 2 * g.here() * m.D, [&](int64_t begin, int64_t end) { up(m, begin, end); });
-  over(m.D, g.here() * m.I, [&](int64_t begin, int64_t end) { down(m, begin, end); });
+  if (g.lora.a13.defined()) {
+    u13 = moe_thin(g.placed(), m.x, true, g.lora.a13, false, scale);
+    m.lora_up = moe_low_rank(u13, g.lora.b13);
+  }
+  moe_over(m.I, 2 * g.here() * m.D, [&](int64_t begin, int64_t end) { up(m, begin, end); });
+  if (g.lora.a2.defined()) {
+    u2 = moe_thin(g.placed(), moe_own_rows(a), false, g.lora.a2, false, scale);
+    m.lora_down = moe_low_rank(u2, g.lora.b2);
+  }
+  moe_over(m.D, g.here() * m.I, [&](int64_t begin, int64_t end) { down(m, begin, end); });
   moe_sum(y, m.weights, g.rows, out);
   return {std::move(out), std::move(h)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_bwd(
-    const Tensor& dout, const Tensor& x, const Tensor& h, const Tensor& weights, const Tensor& order,
-    const Tensor& rows, const Tensor& offsets, const Tensor& w13, const Tensor& w2, const OptTensor& bias13,
-    const OptTensor& bias2, c10::string_view activation, double limit, std::array<bool, 6> wanted) {
-  Given g(x, weights, order, rows, offsets, w13, w2, bias13, bias2, activation, limit);
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients moe_experts_bwd(const Tensor& dout, const Tensor& x, const Tensor& h, const Tensor& weights,
+                          const Tensor& order, const Tensor& rows, const Tensor& offsets, const Tensor& w13,
+                          const Tensor& w2, const OptTensor& bias13, const OptTensor& bias2, const OptTensor& a13,
+                          const OptTensor& b13, const OptTensor& a2, const OptTensor& b2,
+                          c10::string_view activation, double limit, double scale, std::array<bool, 10> wanted) {
+  Given g(x, weights, order, rows, offsets, w13, w2, bias13, bias2, {a13, b13, a2, b2, scale}, activation, limit);
   cpu::Experts& m = g.m;
   TORCH_CHECK_VALUE(dout.sizes() == x.sizes() && dout.scalar_type() == x.scalar_type() && h.dim() == 2 &&
                         h.size(0) == g.P && h.size(1) == 2 * m.I && h.scalar_type() == x.scalar_type(),
@@ -109,42 +118,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_bwd(
   Tensor dx = empty(wanted[0], x.sizes());
   const RowView gradient(dout);
   const Tensor kept = h.contiguous();
-  Tensor a = empty(true, {g.P, m.I}), dh = empty(true, {g.P, 2 * m.I});
-  Tensor parts = at::zeros({g.P, blocks_of(m.I)}, x.options().dtype(at::kFloat));
+  Tensor a = empty(true, {g.P, m.I}), dh = empty(true, {g.P, 2 * m.I}), v13, v2;
+  Tensor parts = at::zeros({g.P, moe_blocks(m.I)}, x.options().dtype(at::kFloat));
   m.dout = gradient.rows;
   m.h = const_cast<void*>(kept.const_data_ptr());
   m.a = a.mutable_data_ptr(), m.dh = dh.mutable_data_ptr(), m.parts = parts.mutable_data_ptr<float>();
-  const auto floats = [](int64_t n) { return at::empty({n}, at::kFloat); };
   const auto f_dh = TW_PICK(moe_experts_dh), f_dx = TW_PICK(moe_experts_dx);
-  over(m.I, g.here() * m.D, [&](int64_t begin, int64_t end) {
-    Tensor scratch = floats(cpu::MOE_ROWS * m.D);
+  if (g.lora.b2.defined()) {
+    v2 = moe_thin(g.placed(), m.dout, true, g.lora.b2, true, scale);
+    m.lora_dh = moe_low_rank(v2, g.lora.a2);
+  }
+  moe_over(m.I, g.here() * m.D, [&](int64_t begin, int64_t end) {
+    Tensor scratch = at::empty({cpu::MOE_ROWS * m.D}, at::kFloat);
     f_dh(m, scratch.mutable_data_ptr<float>(), begin, end);
   });
+  if (g.lora.b13.defined() && (wanted[0] || wanted[6])) {
+    v13 = moe_thin(g.placed(), moe_own_rows(dh), false, g.lora.b13, true, scale);
+    m.lora_dx = moe_low_rank(v13, g.lora.a13);
+  }
   if (wanted[0]) {
     Tensor each = empty(true, {g.P, m.D}), ones = at::ones({g.P}, parts.options());
     m.dx = each.mutable_data_ptr();
-    over(m.D, 2 * g.here() * m.I, [&](int64_t begin, int64_t end) {
-      Tensor scratch = floats(2 * cpu::MOE_ROWS * m.I);
+    moe_over(m.D, 2 * g.here() * m.I, [&](int64_t begin, int64_t end) {
+      Tensor scratch = at::empty({2 * cpu::MOE_ROWS * m.I}, at::kFloat);
       f_dx(m, scratch.mutable_data_ptr<float>(), begin, end);
     });
     moe_sum(each, ones.const_data_ptr<float>(), g.rows, dx);
   }
-  int64_t most = 0;  // rows of an expert
-  for (int64_t e = 0; e < m.E; ++e) most = std::max(most, m.offsets[e + 1] - m.offsets[e]);
-  const auto product = [&](auto f, int64_t M, int64_t N, Tensor& dw, Tensor& dbias) {
-    void *to = dw.numel() ? dw.mutable_data_ptr() : nullptr, *sums = dbias.numel() ? dbias.mutable_data_ptr() : nullptr;
-    if (!to && !sums) return;
-    over(M, (g.here() + m.E) * N, [&](int64_t begin, int64_t end) {
-      Tensor scratch = floats(most * cpu::MOE_COLUMNS), pointers = at::empty({most}, at::kLong);
-      f(m, to, sums, scratch.mutable_data_ptr<float>(),
-        reinterpret_cast<const void**>(pointers.mutable_data_ptr<int64_t>()), begin, end);
-    });
-  };
-  product(TW_PICK(moe_experts_dw13), 2 * m.I, m.D, dw13, dbias13);
-  product(TW_PICK(moe_experts_dw2), m.D, m.I, dw2, dbias2);
+  const auto ptr = [](Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; };
+  cpu::Gradient of13 = moe_gradient(g.placed(), moe_own_rows(dh), false, 2 * m.I, m.x, true, m.D);
+  of13.dw = ptr(dw13), of13.dbias = ptr(dbias13);
+  moe_dw(of13);
+  cpu::Gradient of2 = moe_gradient(g.placed(), m.dout, true, m.D, moe_own_rows(a), false, m.I);
+  of2.weights = m.weights, of2.dw = ptr(dw2), of2.dbias = ptr(dbias2);
+  moe_dw(of2);
+  auto of_lora = g.lora.grads(g.placed(), m.weights, m.x, m.dout, a, dh, v13, v2,
+                              {wanted[6], wanted[7], wanted[8], wanted[9]});
   Tensor dweights = wanted[1] ? parts.sum(1).view(weights.sizes()).to(weights.scalar_type())
                               : at::empty({0}, weights.options());
-  return {std::move(dx), std::move(dweights), std::move(dw13), std::move(dw2), std::move(dbias13), std::move(dbias2)};
+  return {std::move(dx),      std::move(dweights),   std::move(dw13),       std::move(dw2),        std::move(dbias13),
+          std::move(dbias2), std::move(of_lora[0]), std::move(of_lora[1]), std::move(of_lora[2]), std::move(of_lora[3])};
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <optional>
 
-#include "moe_rows.h"
+#include "moe_lora.h"
 #include "quant_weight.h"
 
 namespace tilewright {
@@ -192,12 +192,14 @@ struct Given {
   Tensor order, rows, offsets, weights, bias13, bias2;  // contiguous
   Tensor order2;                                        // of w2's columns, int64; undefined: their own
   HeldWeight w13, w2;
+  MoeLora lora;
   std::vector<Segment> segments;
   int64_t here, most = 0;  // rows of any expert, and of a segment
 
   Given(const Tensor& x, const char* name, const Tensor& weights, const Tensor& order, const Tensor& rows,
         const Tensor& offsets, const Weight& w13, const Weight& w2, const OptTensor& order2, const OptTensor& bias13,
-        const OptTensor& bias2, c10::string_view activation, double limit) {
+        const OptTensor& bias2, const MoeLora& lora, c10::string_view activation, double limit)
+      : lora(lora) {
     m.dtype = dtype_of(x, OP, name);
     m.act = moe_activation(OP, activation);
     m.limit = float(limit);
@@ -219,6 +221,7 @@ struct Given {
     m.D = up.K, m.I = down.K;
     TORCH_CHECK_VALUE(x.size(-1) == m.D && up.N == E * 2 * m.I && down.N == E * m.D, OP, ": ", name, " ", x.sizes(),
                       ", w13 [", up.N, ", ", up.K, "] and w2 [", down.N, ", ", down.K, "] do not fit ", E, " experts");
+    lora.check(OP, x, E, m.D, m.I);
     this->bias13 = bias("bias13", bias13, x, 2 * m.I);
     this->bias2 = bias("bias2", bias2, x, m.D);
     if (order2) {
@@ -238,8 +241,11 @@ struct Given {
   Source tokens(const RowView& x) const { return {x.rows, m.order, m.k, m.dtype}; }
   Source sorted(const Tensor& t) const { return {{t.const_data_ptr(), 1, t.size(1), 0}, nullptr, 1, m.dtype}; }
 
-  // y [P, N] = x w^T + bias of every expert's rows.
-  void product(const cpu::QuantWeight& whole, const Source& x, const Tensor& bias, Tensor& y) const {
+  MoePlaced placed() const { return {m.dtype, E, m.k, P, m.order, offsets.const_data_ptr<int64_t>()}; }
+
+  // y [P, N] = x w^T + bias + what an adapter adds of every expert's rows.
+  void product(const cpu::QuantWeight& whole, const Source& x, const Tensor& bias, const cpu::LowRank& low,
+               Tensor& y) const {
     const int64_t N = y.size(1), size = y.element_size();
     char* to = static_cast<char*>(y.mutable_data_ptr());
     const void* b = bias.defined() ? bias.const_data_ptr() : nullptr;
@@ -249,11 +255,12 @@ struct Given {
     over(whole, N, COLUMNS, forward_bytes(whole), prepare,
          [&](const cpu::QuantWeight& w, const Ready& rows, const Segment& s, int64_t first, int64_t last, float* work) {
            multiply(w, rows, m.dtype, past(b, s.expert * N * size), to + s.first * N * size, first, last, work);
+           if (low.u) add(low, m.dtype, false, false, N, s, first, last, to + (s.first * N + first) * size);
          });
   }
 
-  // dx [P, K] = dy w of every expert's rows, dx of whichever dtype it is.
-  void product_back(const cpu::QuantWeight& whole, const Source& dy, Tensor& dx) const {
+  // dx [P, K] = dy w + what an adapter adds of every expert's rows, dx of whichever dtype it is.
+  void product_back(const cpu::QuantWeight& whole, const Source& dy, const cpu::LowRank& low, Tensor& dx) const {
     const int64_t K = whole.K, size = dx.element_size();
     const cpu::DType dtype = dtype_of(dx, OP, "dx");
     char* to = static_cast<char*>(dx.mutable_data_ptr());
@@ -265,10 +272,17 @@ struct Given {
            const auto run = rows.way == Way::HALF ? TW_PICK(quant_dgrad_bf16) : TW_PICK(quant_dgrad);
            const int64_t block = TW_PICK(quant_block)();
            run(w, rows.a, to + s.first * K * size, K, dtype, work, first / block, blocks_of(last, block));
+           const bool wide = dtype == cpu::DType::F32;
+           if (low.u) add(low, m.dtype, true, wide, K, s, first, last, to + (s.first * K + first) * size);
          });
   }
 
  private:
+  static void add(const cpu::LowRank& low, cpu::DType dtype, bool across, bool wide, int64_t N, const Segment& s,
+                  int64_t first, int64_t last, void* to) {
+    TW_PICK(moe_experts_add)(low, dtype, across, wide, N, s.expert, s.first, s.rows, first, last, to, N);
+  }
+
   Tensor bias(const char* name, const OptTensor& b, const Tensor& x, int64_t n) const {
     if (!b) return {};
     TORCH_CHECK_VALUE(b->sizes() == at::IntArrayRef({E, n}) && b->scalar_type() == x.scalar_type(), OP, ": ", name, " ",
@@ -319,51 +333,78 @@ Tensor in_order(const Tensor& t, const Tensor& order2, int64_t n) {
   return order2.defined() ? t.view({t.size(0), n, -1}).index_select(2, order2).view(t.sizes()) : t;
 }
 
+// a [P, I] of h, in m.
+Tensor gated(Given& g, const Tensor& h) {
+  cpu::QuantGate& m = g.m;
+  Tensor a = at::empty({g.P, m.I}, h.options());
+  m.h = h.const_data_ptr(), m.a = a.mutable_data_ptr();
+  const auto gate = TW_PICK(quant_moe_gate);
+  at::parallel_for(0, m.D > 0 ? g.here : 0, row_grain(2 * m.I),
+                   [&](int64_t begin, int64_t end) { gate(m, begin, end); });
+  return a;
+}
+
 std::tuple<Tensor, Tensor> quant_moe_experts_fwd(
     const Tensor& x, const Tensor& weights, const Tensor& order, const Tensor& rows, const Tensor& offsets,
     const Tensor& qweight13, const Tensor& scales13, const OptTensor& zeros13, const OptTensor& minima13,
     const OptTensor& codebook13, at::TensorList nested13, int64_t bits13, const Tensor& qweight2, const Tensor& scales2,
     const OptTensor& zeros2, const OptTensor& minima2, const OptTensor& codebook2, at::TensorList nested2,
-    int64_t bits2, const OptTensor& order2, const OptTensor& bias13, const OptTensor& bias2,
-    c10::string_view activation, double limit, bool save) {
+    int64_t bits2, const OptTensor& order2, const OptTensor& bias13, const OptTensor& bias2, const OptTensor& a13,
+    const OptTensor& b13, const OptTensor& a2, const OptTensor& b2, c10::string_view activation, double limit,
+    double scale, bool save) {
   Given g(x, "x", weights, order, rows, offsets,
           {qweight13, scales13, zeros13, minima13, codebook13, nested13, bits13},
-          {qweight2, scales2, zeros2, minima2, codebook2, nested2, bits2}, order2, bias13, bias2, activation, limit);
-  cpu::QuantGate& m = g.m;
-  Tensor out = at::empty(x.sizes(), x.options()), h = at::empty({g.P, 2 * m.I}, x.options());
-  Tensor a = at::empty({g.P, m.I}, x.options()), y = at::empty({g.P, m.D}, x.options());
+          {qweight2, scales2, zeros2, minima2, codebook2, nested2, bits2}, order2, bias13, bias2,
+          {a13, b13, a2, b2, scale}, activation, limit);
+  Tensor out = at::empty(x.sizes(), x.options()), h = at::empty({g.P, 2 * g.m.I}, x.options());
+  Tensor y = at::empty({g.P, g.m.D}, x.options()), u13, u2;
+  cpu::LowRank up{}, down{};
   const RowView tokens(x);
-  g.product(g.w13.view, g.tokens(tokens), g.bias13, h);
-  m.h = h.const_data_ptr(), m.a = a.mutable_data_ptr();
-  const auto gate = TW_PICK(quant_moe_gate);
-  at::parallel_for(0, m.D > 0 ? g.here : 0, row_grain(2 * m.I),
-                   [&](int64_t begin, int64_t end) { gate(m, begin, end); });
-  a = in_order(a, g.order2, 1);
-  g.product(g.w2.view, g.sorted(a), g.bias2, y);
-  moe_sum(y, m.weights, g.rows, out);
-  return {std::move(out), save ? std::move(h) : at::empty({0, 2 * m.I}, x.options())};
+  if (g.lora.a13.defined()) {
+    u13 = moe_thin(g.placed(), tokens.rows, true, g.lora.a13, false, scale);
+    up = moe_low_rank(u13, g.lora.b13);
+  }
+  g.product(g.w13.view, g.tokens(tokens), g.bias13, up, h);
+  const Tensor a = in_order(gated(g, h), g.order2, 1);
+  if (g.lora.a2.defined()) {
+    u2 = moe_thin(g.placed(), moe_own_rows(a), false, g.lora.a2, false, scale);
+    down = moe_low_rank(u2, g.lora.b2);
+  }
+  g.product(g.w2.view, g.sorted(a), g.bias2, down, y);
+  moe_sum(y, g.m.weights, g.rows, out);
+  return {std::move(out), save ? std::move(h) : at::empty({0, 2 * g.m.I}, x.options())};
 }
 
-std::tuple<Tensor, Tensor> quant_moe_experts_bwd(
-    const Tensor& dout, const Tensor& h, const Tensor& weights, const Tensor& order, const Tensor& rows,
-    const Tensor& offsets, const Tensor& qweight13, const Tensor& scales13, const OptTensor& zeros13,
-    const OptTensor& minima13, const OptTensor& codebook13, at::TensorList nested13, int64_t bits13,
-    const Tensor& qweight2, const Tensor& scales2, const OptTensor& zeros2, const OptTensor& minima2,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quant_moe_experts_bwd(
+    const Tensor& dout, const OptTensor& x, const Tensor& h, const Tensor& weights, const Tensor& order,
+    const Tensor& rows, const Tensor& offsets, const Tensor& qweight13, const Tensor& scales13,
+    const OptTensor& zeros13, const OptTensor& minima13, const OptTensor& codebook13, at::TensorList nested13,
+    int64_t bits13, const Tensor& qweight2, const Tensor& scales2, const OptTensor& zeros2, const OptTensor& minima2,
     const OptTensor& codebook2, at::TensorList nested2, int64_t bits2, const OptTensor& order2, const OptTensor& bias2,
-    c10::string_view activation, double limit, std::array<bool, 2> wanted) {
+    const OptTensor& a13, const OptTensor& b13, const OptTensor& a2, const OptTensor& b2,
+    c10::string_view activation, double limit, double scale, std::array<bool, 6> wanted) {
   Given g(dout, "dout", weights, order, rows, offsets,
           {qweight13, scales13, zeros13, minima13, codebook13, nested13, bits13},
-          {qweight2, scales2, zeros2, minima2, codebook2, nested2, bits2}, order2, std::nullopt, bias2, activation,
-          limit);
+          {qweight2, scales2, zeros2, minima2, codebook2, nested2, bits2}, order2, std::nullopt, bias2,
+          {a13, b13, a2, b2, scale}, activation, limit);
   cpu::QuantGate& m = g.m;
   TORCH_CHECK_VALUE(h.dim() == 2 && h.size(0) == g.P && h.size(1) == 2 * m.I && h.scalar_type() == dout.scalar_type(),
                     OP, ": h ", h.scalar_type(), " ", h.sizes(), " does not fit dout ", dout.scalar_type(), " ",
                     dout.sizes());
-  const RowView gradient(dout);
+  TORCH_CHECK_VALUE(x ? x->sizes() == dout.sizes() && x->scalar_type() == dout.scalar_type()
+                      : !(g.lora.a13.defined() && (wanted[2] || wanted[3])),
+                    OP, ": x must be as dout, for adapters of w13");
+  const RowView gradient(dout), tokens(x ? *x : dout);
   const Tensor kept = in_order(h.contiguous(), g.order2, 2);
   Tensor of_a = at::empty({g.P, m.I}, dout.options().dtype(at::kFloat)), dh = at::empty(h.sizes(), h.options());
-  Tensor dweights = at::zeros(weights.sizes(), of_a.options());
-  g.product_back(g.w2.view, g.tokens(gradient), of_a);
+  Tensor dweights = at::zeros(weights.sizes(), of_a.options()), v13, v2, a;
+  cpu::LowRank of_g{}, of_x{};
+  if (g.lora.b2.defined()) {
+    v2 = moe_thin(g.placed(), gradient.rows, true, g.lora.b2, true, scale);
+    of_g = moe_low_rank(v2, g.lora.a2);
+    a = gated(g, kept);
+  }
+  g.product_back(g.w2.view, g.tokens(gradient), of_g, of_a);
   m.h = kept.const_data_ptr(), m.g = of_a.const_data_ptr<float>(), m.dout = gradient.rows;
   m.dh = dh.mutable_data_ptr(), m.dweights = dweights.mutable_data_ptr<float>();
   const char* b = g.bias2.defined() ? static_cast<const char*>(g.bias2.const_data_ptr()) : nullptr;
@@ -375,18 +416,26 @@ std::tuple<Tensor, Tensor> quant_moe_experts_bwd(
                        gate(m, past(b, s.expert * m.D * h.element_size()), s.first, s.first + s.rows);
                      }
                    });
+  if (g.order2.defined()) {
+    Tensor back = at::empty(h.sizes(), h.options());
+    back.view({g.P, 2, m.I}).index_copy_(2, g.order2, dh.view({g.P, 2, m.I}));
+    dh = std::move(back);
+  }
+  if (g.lora.b13.defined() && (wanted[0] || wanted[2])) {
+    v13 = moe_thin(g.placed(), moe_own_rows(dh), false, g.lora.b13, true, scale);
+    of_x = moe_low_rank(v13, g.lora.a13);
+  }
   Tensor dx = at::empty(wanted[0] ? dout.sizes() : at::IntArrayRef{0}, dout.options());
   if (wanted[0]) {
-    if (g.order2.defined()) {
-      Tensor back = at::empty(h.sizes(), h.options());
-      back.view({g.P, 2, m.I}).index_copy_(2, g.order2, dh.view({g.P, 2, m.I}));
-      dh = std::move(back);
-    }
     Tensor each = at::empty({g.P, m.D}, dout.options()), ones = at::ones({g.P}, of_a.options());
-    g.product_back(g.w13.view, g.sorted(dh), each);
+    g.product_back(g.w13.view, g.sorted(dh), of_x, each);
     moe_sum(each, ones.const_data_ptr<float>(), g.rows, dx);
   }
-  return {std::move(dx), wanted[1] ? dweights.to(weights.scalar_type()) : at::empty({0}, weights.options())};
+  auto of_lora = g.lora.grads(g.placed(), m.weights, tokens.rows, gradient.rows, a, dh, v13, v2,
+                              {wanted[2], wanted[3], wanted[4], wanted[5]});
+  return {std::move(dx),         wanted[1] ? dweights.to(weights.scalar_type()) : at::empty({0}, weights.options()),
+          std::move(of_lora[0]), std::move(of_lora[1]),
+          std::move(of_lora[2]), std::move(of_lora[3])};
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ constexpr int DOT_ROWS = 6, SUM_ROWS = 12;  // of accumulators, by DOT_COLUMNS a
 constexpr int DOT_ROWS = 2, SUM_ROWS = 4;  // 8 of 16
 #endif
 constexpr int DOT_COLUMNS = 4, NV = 2;
+constexpr int MOST_RANK = 512;
 
 // STEP numbers of a row, and a sum of their products.
 template <class T> struct Lanes {
@@ -162,6 +163,32 @@ TW_INLINE const T* row_in(const Matrices& w, int64_t e, int64_t n) {
 template <class T>
 TW_INLINE const T* at(const void* p, int64_t i) { return p ? static_cast<const T*>(p) + i : nullptr; }
 
+template <class T>
+TW_INLINE void widened(const T* from, int64_t n, float* to) {
+  int64_t j = 0;
+  for (; j + W <= n; j += W) store(to + j, load(from + j));
+  for (; j < n; ++j) to[j] = to_float(from[j]);
+}
+
+// out plus what an adapter adds to rows r.. of expert e and columns n.. of N.
+template <class T, bool ACROSS>
+void add_low_rank(const LowRank& l, int64_t N, int64_t e, int64_t r, int64_t rows, int64_t n, int64_t columns,
+                  float (*out)[MOE_COLUMNS]) {
+  float more[MOE_ROWS][MOE_COLUMNS];
+  const T *u = static_cast<const T*>(l.u) + r * l.R, *b = static_cast<const T*>(l.b) + e * N * l.R;
+  if constexpr (ACROSS) {
+    float wide[MOE_ROWS * MOST_RANK];
+    widened(u, rows * l.R, wide);
+    sum_block<T>(wide, l.R, 1, rows, l.R, [&](int64_t k) { return b + k * N + n; }, columns, more[0], MOE_COLUMNS);
+  } else {
+    const T* each[MOE_ROWS];
+    for (int64_t i = 0; i < rows; ++i) each[i] = u + i * l.R;
+    dot_block(each, rows, b + n * l.R, l.R, columns, l.R, more);
+  }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) out[i][j] += more[i][j];
+}
+
 template <class Act, class T>
 void up_as(const Experts& m, int64_t begin, int64_t end) {
   float gates[MOE_ROWS][MOE_COLUMNS], ups[MOE_ROWS][MOE_COLUMNS];
@@ -170,6 +197,10 @@ void up_as(const Experts& m, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < rows; ++i) x[i] = row_of<T>(m.x, m.order[r + i] / m.k);
     dot_block(x, rows, row_in<T>(m.w13, e, n), m.w13.stride_n, columns, m.D, gates);
     dot_block(x, rows, row_in<T>(m.w13, e, m.I + n), m.w13.stride_n, columns, m.D, ups);
+    if (m.lora_up.u) {
+      add_low_rank<T, false>(m.lora_up, 2 * m.I, e, r, rows, n, columns, gates);
+      add_low_rank<T, false>(m.lora_up, 2 * m.I, e, r, rows, m.I + n, columns, ups);
+    }
     const Limit limit(m.limit);
     for (int64_t i = 0; i < rows; ++i) {
       T gate[MOE_COLUMNS] = {}, up[MOE_COLUMNS] = {}, a[MOE_COLUMNS];
@@ -194,16 +225,10 @@ void down_as(const Experts& m, int64_t begin, int64_t end) {
   over_blocks(m, m.D, begin, end, [&](int64_t e, int64_t r, int64_t rows, int64_t n, int64_t columns) {
     for (int64_t i = 0; i < rows; ++i) a[i] = static_cast<const T*>(m.a) + (r + i) * m.I;
     dot_block(a, rows, row_in<T>(m.w2, e, n), m.w2.stride_n, columns, m.I, sum);
+    if (m.lora_down.u) add_low_rank<T, false>(m.lora_down, m.D, e, r, rows, n, columns, sum);
     for (int64_t i = 0; i < rows; ++i)
       rounded(sum[i], at<T>(m.bias2, e * m.D + n), columns, static_cast<T*>(m.y) + (r + i) * m.D + n);
   });
-}
-
-template <class T>
-TW_INLINE void widened(const T* from, int64_t n, float* to) {
-  int64_t j = 0;
-  for (; j + W <= n; j += W) store(to + j, load(from + j));
-  for (; j < n; ++j) to[j] = to_float(from[j]);
 }
 
 template <class Act, class T>
@@ -215,6 +240,7 @@ void dh_as(const Experts& m, float* dout, int64_t begin, int64_t end) {
     const T* w = row_in<T>(m.w2, e, 0) + n;
     sum_block<T>(dout, m.D, 1, rows, m.D, [&](int64_t k) { return w + k * m.w2.stride_n; }, columns, g[0],
                  MOE_COLUMNS);
+    if (m.lora_dh.u) add_low_rank<T, true>(m.lora_dh, m.I, e, r, rows, n, columns, g);
     const Limit limit(m.limit);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t slot = m.order[r + i], row = (r + i) * 2 * m.I + n;
@@ -251,30 +277,34 @@ void dx_as(const Experts& m, float* dh, int64_t begin, int64_t end) {
     const T* w = row_in<T>(m.w13, e, 0) + n;
     sum_block<T>(dh, K, 1, rows, K, [&](int64_t k) { return w + k * m.w13.stride_n; }, columns, sum[0],
                  MOE_COLUMNS);
+    if (m.lora_dx.u) add_low_rank<T, true>(m.lora_dx, m.D, e, r, rows, n, columns, sum);
     for (int64_t i = 0; i < rows; ++i)
       rounded<T>(sum[i], nullptr, columns, static_cast<T*>(m.dx) + (r + i) * m.D + n);
   });
 }
 
-// dw [E, M, N] and dbias [E, M], M in blocks: left(row) is a pointer to M numbers and their factor, right(row) to N.
-template <class T, class Left, class Right>
-void dw_as(const Experts& m, int64_t M, int64_t N, Left left, Right right, T* dw, T* dbias, float* scratch,
-           const void** pointers, int64_t begin, int64_t end) {
+template <class T>
+void dw_as(const Gradient& m, float* scratch, const void** pointers, int64_t begin, int64_t end) {
   float sum[MOE_COLUMNS][MOE_COLUMNS] = {};
+  const int64_t M = m.M, N = m.N;
+  T *dw = static_cast<T*>(m.dw), *dbias = static_cast<T*>(m.dbias);
   for (int64_t e = 0; e < m.E; ++e)
     for (int64_t block = begin; block < end; ++block) {
       const int64_t m0 = block * MOE_COLUMNS, rows = M - m0 < MOE_COLUMNS ? M - m0 : MOE_COLUMNS;
       const int64_t first = m.offsets[e], K = m.offsets[e + 1] - first;
+      T* to = dw ? dw + e * M * N + (m.turned ? m0 : m0 * N) : nullptr;
       if (K == 0) {
-        if (dw) __builtin_memset(dw + (e * M + m0) * N, 0, size_t(rows * N) * sizeof(T));
+        for (int64_t i = 0; dw && i < (m.turned ? N : rows); ++i)
+          __builtin_memset(to + i * (m.turned ? M : N), 0, size_t(m.turned ? rows : N) * sizeof(T));
         if (dbias) __builtin_memset(dbias + e * M + m0, 0, size_t(rows) * sizeof(T));
         continue;
       }
       for (int64_t k = 0; k < K; ++k) {
-        float factor;
-        const T* l = left(first + k, factor) + m0;
+        const int64_t row = first + k, slot = m.order[row];
+        const float factor = m.weights ? m.weights[slot] : 1.f;
+        const T* l = row_of<T>(m.left, m.left_tokens ? slot / m.k : row) + m0;
         for (int64_t i = 0; i < rows; ++i) scratch[k * MOE_COLUMNS + i] = to_float(l[i]) * factor;
-        pointers[k] = right(first + k);
+        pointers[k] = row_of<T>(m.right, m.right_tokens ? slot / m.k : row);
       }
       if (dbias)
         for (int64_t i = 0; i < rows; ++i) {
@@ -283,14 +313,63 @@ void dw_as(const Experts& m, int64_t M, int64_t N, Left left, Right right, T* dw
           dbias[e * M + m0 + i] = from_float<T>(total);
         }
       if (!dw) continue;
-      T* to = dw + (e * M + m0) * N;
       for (int64_t n = 0; n < N; n += MOE_COLUMNS) {
         const int64_t columns = N - n < MOE_COLUMNS ? N - n : MOE_COLUMNS;
         sum_block<T>(scratch, 1, MOE_COLUMNS, rows, K,
                      [&](int64_t k) { return static_cast<const T*>(pointers[k]) + n; }, columns, sum[0],
                      MOE_COLUMNS);
-        for (int64_t i = 0; i < rows; ++i) rounded<T>(sum[i], nullptr, columns, to + i * N + n);
+        if (m.turned) {
+          for (int64_t j = 0; j < columns; ++j)
+            for (int64_t i = 0; i < rows; ++i) to[(n + j) * M + i] = from_float<T>(sum[i][j]);
+        } else {
+          for (int64_t i = 0; i < rows; ++i) rounded<T>(sum[i], nullptr, columns, to + i * N + n);
+        }
       }
+    }
+}
+
+template <class T>
+void thin_as(const Thin& m, float* scratch, int64_t begin, int64_t end) {
+  float sum[MOE_ROWS][MOE_COLUMNS] = {};
+  const T* in[MOE_ROWS];
+  for (int64_t e = 0; e < m.E; ++e) {
+    const int64_t stop = m.offsets[e + 1] < end ? m.offsets[e + 1] : end;
+    for (int64_t r = m.offsets[e] > begin ? m.offsets[e] : begin; r < stop; r += MOE_ROWS) {
+      const int64_t rows = stop - r < MOE_ROWS ? stop - r : MOE_ROWS;
+      for (int64_t i = 0; i < rows; ++i) {
+        in[i] = row_of<T>(m.in, m.tokens ? m.order[r + i] / m.k : r + i);
+        if (m.across) widened(in[i], m.K, scratch + i * m.K);
+      }
+      const T* w = static_cast<const T*>(m.w) + e * m.N * m.K;
+      for (int64_t n = 0; n < m.N; n += MOE_COLUMNS) {
+        const int64_t columns = m.N - n < MOE_COLUMNS ? m.N - n : MOE_COLUMNS;
+        if (m.across)
+          sum_block<T>(scratch, m.K, 1, rows, m.K, [&](int64_t k) { return w + k * m.N + n; }, columns, sum[0],
+                       MOE_COLUMNS);
+        else
+          dot_block(in, rows, w + n * m.K, m.K, columns, m.K, sum);
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < columns; ++j) sum[i][j] *= m.scale;
+          rounded<T>(sum[i], nullptr, columns, static_cast<T*>(m.out) + (r + i) * m.N + n);
+        }
+      }
+    }
+  }
+}
+
+template <class T, class To>
+void add_as(const LowRank& l, bool across, int64_t N, int64_t e, int64_t r, int64_t rows, int64_t n, int64_t stop,
+            To* out, int64_t out_stride) {
+  float sum[MOE_ROWS][MOE_COLUMNS];
+  for (int64_t done = 0; done < rows; done += MOE_ROWS)
+    for (int64_t c = n; c < stop; c += MOE_COLUMNS) {
+      const int64_t some = rows - done < MOE_ROWS ? rows - done : MOE_ROWS;
+      const int64_t columns = stop - c < MOE_COLUMNS ? stop - c : MOE_COLUMNS;
+      To* to = out + done * out_stride + c - n;
+      for (int64_t i = 0; i < some; ++i) widened(to + i * out_stride, columns, sum[i]);
+      if (across) add_low_rank<T, true>(l, N, e, r + done, some, c, columns, sum);
+      else add_low_rank<T, false>(l, N, e, r + done, some, c, columns, sum);
+      for (int64_t i = 0; i < some; ++i) rounded<To>(sum[i], nullptr, columns, to + i * out_stride);
     }
 }
 
@@ -312,27 +391,19 @@ void moe_experts_dx(const Experts& m, float* scratch, int64_t begin, int64_t end
   TW_FOR_DTYPE(m.dtype, T, dx_as<T>(m, scratch, begin, end))
 }
 
-void moe_experts_dw13(const Experts& m, void* dw, void* dbias, float* scratch, const void** pointers, int64_t begin,
-                      int64_t end) {
-  TW_FOR_DTYPE(m.dtype, T, {
-    const auto left = [&](int64_t row, float& factor) {
-      factor = 1.f;
-      return static_cast<const T*>(m.dh) + row * 2 * m.I;
-    };
-    const auto right = [&](int64_t row) { return row_of<T>(m.x, m.order[row] / m.k); };
-    dw_as<T>(m, 2 * m.I, m.D, left, right, static_cast<T*>(dw), static_cast<T*>(dbias), scratch, pointers, begin, end);
-  })
+void moe_experts_dw(const Gradient& m, float* scratch, const void** pointers, int64_t begin, int64_t end) {
+  TW_FOR_DTYPE(m.dtype, T, dw_as<T>(m, scratch, pointers, begin, end))
 }
 
-void moe_experts_dw2(const Experts& m, void* dw, void* dbias, float* scratch, const void** pointers, int64_t begin,
-                     int64_t end) {
-  TW_FOR_DTYPE(m.dtype, T, {
-    const auto left = [&](int64_t row, float& factor) {
-      factor = m.weights[m.order[row]];
-      return row_of<T>(m.dout, m.order[row] / m.k);
-    };
-    const auto right = [&](int64_t row) { return static_cast<const T*>(m.a) + row * m.I; };
-    dw_as<T>(m, m.D, m.I, left, right, static_cast<T*>(dw), static_cast<T*>(dbias), scratch, pointers, begin, end);
+void moe_experts_thin(const Thin& m, float* scratch, int64_t begin, int64_t end) {
+  TW_FOR_DTYPE(m.dtype, T, thin_as<T>(m, scratch, begin, end))
+}
+
+void moe_experts_add(const LowRank& l, DType dtype, bool across, bool wide, int64_t N, int64_t e, int64_t r,
+                     int64_t rows, int64_t n, int64_t stop, void* out, int64_t out_stride) {
+  TW_FOR_DTYPE(dtype, T, {
+    if (wide) add_as<T>(l, across, N, e, r, rows, n, stop, static_cast<float*>(out), out_stride);
+    else add_as<T>(l, across, N, e, r, rows, n, stop, static_cast<T*>(out), out_stride);
   })
 }
 

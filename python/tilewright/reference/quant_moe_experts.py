@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from tilewright.expert_lora import ExpertLora
 from tilewright.expert_rows import ExpertRows
 from tilewright.quant_tensor import QuantTensor
 from tilewright.reference.moe_experts import moe_experts
@@ -18,6 +19,7 @@ def quant_moe_experts(
     limit: float | None = None,
     bias13: Tensor | None = None,
     bias2: Tensor | None = None,
+    lora: ExpertLora | None = None,
 ) -> Tensor:
     """x [..., D], weights [..., k], w13 [E 2 I, D], w2 [E D, I] -> [..., D]: moe_experts of the dequantised weights."""
     E, D = placed.offsets.numel() - 1, x.shape[-1]
@@ -33,4 +35,5 @@ def quant_moe_experts(
         limit=limit,
         bias13=bias13,
         bias2=bias2,
+        lora=lora,
     )
