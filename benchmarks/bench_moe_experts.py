@@ -1,15 +1,18 @@
 """moe_experts: Qwen3-30B's layer (2048, 768, 128 experts, 8 of them).
 
-T tokens, E experts, K of them each, D features, I intermediate ones.
+T tokens, E experts, K of them each, D features, I intermediate ones.  With a rank R, adapters of w13 and w2, which
+are frozen.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tilewright import ops
+from tilewright.expert_lora import ExpertLora
 from tilewright.expert_rows import ExpertRows
 
 OP = "moe_experts"
@@ -19,11 +22,14 @@ SHAPES: dict[str, dict] = {
     "Qwen3-30B 1 token": {"T": 1, **LAYER},
     "Qwen3-30B 16": {"T": 16, **LAYER},
     "Qwen3-30B 256": {"T": 256, **LAYER},
+    "Qwen3-30B 256, rank 16": {"T": 256, **LAYER, "R": 16},
 }
 DTYPES = (torch.bfloat16,)
 
 
-def inputs(dtype: torch.dtype, device: str, *, T: int, E: int, K: int, D: int, I: int) -> dict:
+def inputs(
+    dtype: torch.dtype, device: str, *, T: int, E: int, K: int, D: int, I: int, R: int = 0
+) -> dict:  # fmt: skip
     """Every expert as likely as another; weights that keep the scale."""
     g = torch.Generator().manual_seed(0)
     ids = torch.rand(T, E, generator=g).argsort(-1)[:, :K].to(device)
@@ -34,42 +40,60 @@ def inputs(dtype: torch.dtype, device: str, *, T: int, E: int, K: int, D: int, I
         return (numbers / shape[-1] ** 0.5).to(device, dtype).requires_grad_()
 
     x = normal(T, D)
-    return {
+    given = {
         "x": x, "weights": weights.requires_grad_(), "placed": ops.moe_dispatch(ids, E),
-        "w13": normal(E, 2 * I, D), "w2": normal(E, D, I), "ids": ids,
+        "w13": normal(E, 2 * I, D).requires_grad_(not R), "w2": normal(E, D, I).requires_grad_(not R), "ids": ids,
     }  # fmt: skip
+    if R:
+        shapes = {"a13": (E, R, D), "b13": (E, 2 * I, R), "a2": (E, R, I), "b2": (E, D, R)}
+        given |= {name: normal(*shape) for name, shape in shapes.items()}
+    return given
+
+
+def _linear(x: Tensor, w: Tensor, adapters: dict[str, Tensor], n: str, e: int) -> Tensor:
+    y = F.linear(x, w[e])
+    if not adapters:
+        return y
+    return y + F.linear(F.linear(x, adapters[f"a{n}"][e]), adapters[f"b{n}"][e])
 
 
 def _tilewright(
-    x: Tensor, weights: Tensor, placed: ExpertRows, w13: Tensor, w2: Tensor, ids: Tensor
-) -> tuple[Tensor]:
+    x: Tensor, weights: Tensor, placed: ExpertRows, w13: Tensor, w2: Tensor, ids: Tensor, **adapters: Any
+) -> tuple[Tensor]:  # fmt: skip
     """Dispatch too, as the others find their tokens."""
-    return (ops.moe_experts(x, weights, ops.moe_dispatch(ids, len(w13)), w13, w2),)
+    lora = ExpertLora(**adapters) if adapters else None
+    return (ops.moe_experts(x, weights, ops.moe_dispatch(ids, len(w13)), w13, w2, lora=lora),)
 
 
 def _eager(
-    x: Tensor, weights: Tensor, placed: ExpertRows, w13: Tensor, w2: Tensor, ids: Tensor
-) -> tuple[Tensor]:
+    x: Tensor, weights: Tensor, placed: ExpertRows, w13: Tensor, w2: Tensor, ids: Tensor, **adapters: Any
+) -> tuple[Tensor]:  # fmt: skip
     """As transformers' eager experts: those that have tokens, one by one."""
     out = torch.zeros_like(x)
     for e in ids.unique().tolist():
         token, j = (ids == e).nonzero().unbind(-1)
-        gate, up = F.linear(x[token], w13[e]).chunk(2, dim=-1)
-        y = F.linear(F.silu(gate) * up, w2[e]) * weights[token, j, None]
+        gate, up = _linear(x[token], w13, adapters, "13", e).chunk(2, dim=-1)
+        y = _linear(F.silu(gate) * up, w2, adapters, "2", e) * weights[token, j, None]
         out.index_add_(0, token, y.to(out.dtype))
     return (out,)
 
 
 def _grouped(
-    x: Tensor, weights: Tensor, placed: ExpertRows, w13: Tensor, w2: Tensor, ids: Tensor
-) -> tuple[Tensor]:
+    x: Tensor, weights: Tensor, placed: ExpertRows, w13: Tensor, w2: Tensor, ids: Tensor, **adapters: Any
+) -> tuple[Tensor]:  # fmt: skip
     """As transformers' grouped experts: sorted, torch's grouped products, brought back."""
     flat = ids.flatten()
     order = torch.argsort(flat, stable=True)
     ends = torch.bincount(flat, minlength=len(w13)).cumsum(0).to(torch.int32)
-    h = torch._grouped_mm(x[order // ids.shape[-1]], w13.transpose(-1, -2), offs=ends)
-    gate, up = h.chunk(2, dim=-1)
-    y = torch._grouped_mm(F.silu(gate) * up, w2.transpose(-1, -2), offs=ends)
+
+    def product(x: Tensor, w: Tensor, n: str = "") -> Tensor:
+        y = torch._grouped_mm(x, w.transpose(-1, -2), offs=ends)
+        return (
+            y + product(product(x, adapters[f"a{n}"]), adapters[f"b{n}"]) if adapters and n else y
+        )
+
+    gate, up = product(x[order // ids.shape[-1]], w13, "13").chunk(2, dim=-1)
+    y = product(F.silu(gate) * up, w2, "2")
     y = (y * weights.flatten()[order, None])[torch.argsort(order)]
     return (y.view(*ids.shape, -1).sum(-2).to(x.dtype),)
 
@@ -82,14 +106,23 @@ def _experts(T: int, E: int, K: int) -> int:
     return min(E, round(E * (1 - (1 - K / E) ** T)))
 
 
-def cost(dtype: torch.dtype, *, T: int, E: int, K: int, D: int, I: int) -> tuple[int, int]:
-    """Forward: tokens read and written, their weights and experts, the experts' matrices once; three products."""
-    matrices = _experts(T, E, K) * 3 * D * I
-    return (2 * T * D + matrices) * dtype.itemsize + 12 * T * K, 6 * T * K * D * I
+def cost(
+    dtype: torch.dtype, *, T: int, E: int, K: int, D: int, I: int, R: int = 0
+) -> tuple[int, int]:
+    """Forward: tokens read and written, their weights and experts, the experts' matrices once; their products."""
+    each = 3 * D * I + R * (2 * D + 3 * I)
+    matrices = _experts(T, E, K) * each
+    return (2 * T * D + matrices) * dtype.itemsize + 12 * T * K, 2 * T * K * each
 
 
-def backward_cost(dtype: torch.dtype, *, T: int, E: int, K: int, D: int, I: int) -> tuple[int, int]:
-    """Tokens, their gradients and h read, the tokens' gradients written; the matrices read, theirs written whole."""
-    matrices = (_experts(T, E, K) + E) * 3 * D * I
+def backward_cost(
+    dtype: torch.dtype, *, T: int, E: int, K: int, D: int, I: int, R: int = 0
+) -> tuple[int, int]:
+    """Tokens, their gradients and h read, the tokens' gradients written; the matrices read, those of them that train
+    written whole."""
+    base, adapters = 3 * D * I, R * (2 * D + 3 * I)
+    trained = adapters or base
+    matrices = _experts(T, E, K) * (base + adapters) + E * trained
     kept = 2 * T * K * I
-    return (3 * T * D + kept + matrices) * dtype.itemsize + 16 * T * K, 12 * T * K * D * I
+    flops = 2 * T * K * (base + adapters + trained)
+    return (3 * T * D + kept + matrices) * dtype.itemsize + 16 * T * K, flops

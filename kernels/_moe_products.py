@@ -325,7 +325,7 @@ def lora_grads(
     """The gradients of a13, b13, a2 and b2, empty where not wanted or there is none: x and dout [T, D], a [P, I],
     dh [P, 2 I], v13 = scale dh b13 and v2 = scale dout b2 [P, R]."""
     of_a13, of_b13, of_a2, of_b2 = wanted
-    found = [dout.new_empty(0)] * 4
+    found = [dout.new_empty(0) for _ in wanted]
     if v13 is not None and x is not None and of_a13:
         found[0], _ = of_rows(v13, x, placed, right_tokens=True, thin=True)
     if lora.a13 is not None and x is not None and of_b13:

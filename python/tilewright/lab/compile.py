@@ -139,7 +139,7 @@ def _operands(asm: dict[str, Any]) -> str | None:
 def _is_wide(name: str, constants: dict[str, Any]) -> bool:
     # FULL False: a group that no power of two divides
     return name.startswith("stride_") or (
-        name in ("N", "K", "E", "group", "width") and constants.get("FULL", True)
+        name in ("N", "K", "E", "R", "group", "width") and constants.get("FULL", True)
     )
 
 
