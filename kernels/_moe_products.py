@@ -250,6 +250,13 @@ def narrowed(config: dict[str, Any], **sizes: int) -> dict[str, Any]:
     return config | {name: min(config[name], most) for name, most in fit.items()}
 
 
+def thin_tile(config: dict[str, Any], N: int, K: int) -> dict[str, Any]:
+    """config for the gradient [N, K] of an adapter: eight warps of so few sums spill on sm_80 and stall on sm_90."""
+    tile = narrowed(config, BLOCK_N=N, BLOCK_K=K)
+    few = tile["BLOCK_N"] * tile["BLOCK_K"] <= 64 * 128
+    return tile | {"num_warps": 4} if few else tile
+
+
 def by_rows(
     x: Tensor, w: Tensor, placed: Placed, *, bias: Tensor | None = None, term: Term | None = None,
     tokens: bool = False, scale: float | None = None,
@@ -306,7 +313,7 @@ def of_rows(
     dw, dbias = left.new_empty(E, N, K), left.new_empty((E, N) if bias else 0)
     config = DW(left.device, *key_of(left, P, E, N, K))
     if thin:
-        config = narrowed(config, BLOCK_N=N, BLOCK_K=K)
+        config = thin_tile(config, N, K)
     blocks = triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(K, config["BLOCK_K"])
     _moe_experts_dw_kernel[(blocks, E)](
         left, right, left if weights is None else weights, placed.order, placed.offsets, dw, dbias,
@@ -360,8 +367,8 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
         rows = {"order_ptr": "*i64", "offsets_ptr": "*i64"}
         common = rows | {"w_ptr": t, "u_ptr": t, "b_ptr": t, "stride_we": "i32", "stride_wn": "i32"}
         common |= dict.fromkeys(("P", "E", "N", "K", "R", "TOP_K"), "i32") | {"scale": "fp32"}
-        down = common | {"a_ptr": t, "bias_ptr": t, "y_ptr": t, "stride_am": "i32"}
-        dx = common | {"dh_ptr": t, "dx_ptr": t, "stride_dm": "i32"}
+        down = {"a_ptr": t, "bias_ptr": t, "y_ptr": t, "stride_am": "i32", **common}
+        dx = {"dh_ptr": t, "dx_ptr": t, "stride_dm": "i32", **common}
         dw = {"left_ptr": t, "right_ptr": t, "weights_ptr": "*fp32", "dw_ptr": t, "dbias_ptr": t}
         dw |= rows | dict.fromkeys(("stride_lm", "stride_rm", "P", "N", "K", "TOP_K"), "i32")
         own = {"TOKENS": False, "SCALED": False}
@@ -373,11 +380,12 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]
             thin = narrowed(tile, BLOCK_N=R) | {"BLOCK_R": 0, "TOKENS": True, "SCALED": True}
             found.append((_moe_experts_down_kernel, down, thin | {"HAS_BIAS": False}, options))
             found.append((_moe_experts_dx_kernel, dx, thin, options))
-        tile, options = split(_dw_heuristic(dtype, M, 1024, 2048))
         for scaled in (False, True):
+            config = _dw_heuristic(dtype, M, 1024, 2048)
+            if R:  # db2, whose columns are few, and da13, whose rows are
+                config = thin_tile(config, *((2048, R) if scaled else (R, 2048)))
+            tile, options = split(config)
             flags = {"LEFT_TOKENS": scaled, "RIGHT_TOKENS": not scaled, "SCALED": scaled}
             flags |= {"HAS_BIAS": not plain}
-            # of adapters db2, whose columns are few, and da13, whose rows are
-            few = {"BLOCK_K" if scaled else "BLOCK_N": R} if R else {}
-            found.append((_moe_experts_dw_kernel, dw, narrowed(tile, **few) | flags, options))
+            found.append((_moe_experts_dw_kernel, dw, tile | flags, options))
     return found
