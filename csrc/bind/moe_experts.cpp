@@ -70,6 +70,16 @@ struct Given {
   }
 };
 
+// f for blocks of m's N columns, each a sum over K.
+template <class F>
+void over(const cpu::Experts& m, int64_t N, int64_t work, int64_t K, F f) {
+  moe_over(N, work, [&](int64_t begin, int64_t end) {
+    const int64_t rows = std::min<int64_t>(cpu::MOE_GROUP * cpu::MOE_ROWS, m.offsets[m.E] + cpu::MOE_ROWS);
+    Tensor scratch = at::empty({rows * K}, at::kFloat);
+    f(m, scratch.mutable_data_ptr<float>(), begin, end);
+  });
+}
+
 std::tuple<Tensor, Tensor> moe_experts_fwd(const Tensor& x, const Tensor& weights, const Tensor& order,
                                            const Tensor& rows, const Tensor& offsets, const Tensor& w13,
                                            const Tensor& w2, const OptTensor& bias13, const OptTensor& bias2,
@@ -87,12 +97,12 @@ std::tuple<Tensor, Tensor> moe_experts_fwd(const Tensor& x, const Tensor& weight
     u13 = moe_thin(g.placed(), m.x, true, g.lora.a13, false, scale);
     m.lora_up = moe_low_rank(u13, g.lora.b13);
   }
-  moe_over(m.I, 2 * g.here() * m.D, [&](int64_t begin, int64_t end) { up(m, begin, end); });
+  over(m, m.I, 2 * g.here() * m.D, m.D, up);
   if (g.lora.a2.defined()) {
     u2 = moe_thin(g.placed(), moe_own_rows(a), false, g.lora.a2, false, scale);
     m.lora_down = moe_low_rank(u2, g.lora.b2);
   }
-  moe_over(m.D, g.here() * m.I, [&](int64_t begin, int64_t end) { down(m, begin, end); });
+  over(m, m.D, g.here() * m.I, m.I, down);
   moe_sum(y, m.weights, g.rows, out);
   return {std::move(out), std::move(h)};
 }
@@ -128,10 +138,7 @@ Gradients moe_experts_bwd(const Tensor& dout, const Tensor& x, const Tensor& h, 
     v2 = moe_thin(g.placed(), m.dout, true, g.lora.b2, true, scale);
     m.lora_dh = moe_low_rank(v2, g.lora.a2);
   }
-  moe_over(m.I, g.here() * m.D, [&](int64_t begin, int64_t end) {
-    Tensor scratch = at::empty({cpu::MOE_ROWS * m.D}, at::kFloat);
-    f_dh(m, scratch.mutable_data_ptr<float>(), begin, end);
-  });
+  over(m, m.I, g.here() * m.D, m.D, f_dh);
   if (g.lora.b13.defined() && (wanted[0] || wanted[6])) {
     v13 = moe_thin(g.placed(), moe_own_rows(dh), false, g.lora.b13, true, scale);
     m.lora_dx = moe_low_rank(v13, g.lora.a13);
@@ -139,10 +146,7 @@ Gradients moe_experts_bwd(const Tensor& dout, const Tensor& x, const Tensor& h, 
   if (wanted[0]) {
     Tensor each = empty(true, {g.P, m.D}), ones = at::ones({g.P}, parts.options());
     m.dx = each.mutable_data_ptr();
-    moe_over(m.D, 2 * g.here() * m.I, [&](int64_t begin, int64_t end) {
-      Tensor scratch = at::empty({2 * cpu::MOE_ROWS * m.I}, at::kFloat);
-      f_dx(m, scratch.mutable_data_ptr<float>(), begin, end);
-    });
+    over(m, m.D, 2 * g.here() * m.I, 2 * m.I, f_dx);
     moe_sum(each, ones.const_data_ptr<float>(), g.rows, dx);
   }
   const auto ptr = [](Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; };

@@ -8,7 +8,8 @@
 namespace tilewright::cpu {
 
 constexpr int MOE_COLUMNS = 32;  // of a product, or rows of a weight's gradient: what one thread takes at a time
-constexpr int MOE_ROWS = 32;     // of an expert at a time
+constexpr int MOE_ROWS = 32;     // of an expert at a time, and
+constexpr int MOE_GROUP = 4;     // times as many that share what reading its weight costs
 
 enum class Gated : int { SILU = 0, GELU = 1, GELU_TANH = 2 };
 
@@ -39,10 +40,10 @@ struct Experts {
   LowRank lora_up, lora_down, lora_dh, lora_dx;  // the last two across
 };
 
-// Blocks [begin, end) of MOE_COLUMNS columns of a (and h), of y, of dh (and a, parts), of dx.  scratch: MOE_ROWS times
-// as many floats as are summed over, for the last two.
-TW_DECLARE(void, moe_experts_up, const Experts& m, int64_t begin, int64_t end)
-TW_DECLARE(void, moe_experts_down, const Experts& m, int64_t begin, int64_t end)
+// Blocks [begin, end) of MOE_COLUMNS columns of a (and h), of y, of dh (and a, parts), of dx.  scratch: MOE_GROUP
+// MOE_ROWS times as many floats as are summed over.
+TW_DECLARE(void, moe_experts_up, const Experts& m, float* scratch, int64_t begin, int64_t end)
+TW_DECLARE(void, moe_experts_down, const Experts& m, float* scratch, int64_t begin, int64_t end)
 TW_DECLARE(void, moe_experts_dh, const Experts& m, float* scratch, int64_t begin, int64_t end)
 TW_DECLARE(void, moe_experts_dx, const Experts& m, float* scratch, int64_t begin, int64_t end)
 
