@@ -25,6 +25,7 @@ SHAPES: dict[str, dict] = {
     "Qwen3-30B 256, rank 16": {"T": 256, **LAYER, "R": 16},
 }
 DTYPES = (torch.bfloat16,)
+MOST_COPIED = 128  # slots: a GB of matrices
 
 
 def inputs(
@@ -50,13 +51,6 @@ def inputs(
     return given
 
 
-def _linear(x: Tensor, w: Tensor, adapters: dict[str, Tensor], n: str, e: int) -> Tensor:
-    y = F.linear(x, w[e])
-    if not adapters:
-        return y
-    return y + F.linear(F.linear(x, adapters[f"a{n}"][e]), adapters[f"b{n}"][e])
-
-
 def _tilewright(
     x: Tensor, weights: Tensor, placed: ExpertRows, w13: Tensor, w2: Tensor, ids: Tensor, **adapters: Any
 ) -> tuple[Tensor]:  # fmt: skip
@@ -68,14 +62,34 @@ def _tilewright(
 def _eager(
     x: Tensor, weights: Tensor, placed: ExpertRows, w13: Tensor, w2: Tensor, ids: Tensor, **adapters: Any
 ) -> tuple[Tensor]:  # fmt: skip
-    """As transformers' eager experts: those that have tokens, one by one."""
+    """As transformers' eager experts: those that have tokens, one by one.  The matrices are unbound first, of which
+    the gradient is one stack; indexed, as they are there, each makes one of all experts: minutes."""
+    each = {n: w.unbind() for n, w in {"w13": w13, "w2": w2, **adapters}.items()}
+
+    def linear(x: Tensor, n: str, e: int) -> Tensor:
+        y = F.linear(x, each[f"w{n}"][e])
+        return y + F.linear(F.linear(x, each[f"a{n}"][e]), each[f"b{n}"][e]) if adapters else y
+
     out = torch.zeros_like(x)
     for e in ids.unique().tolist():
         token, j = (ids == e).nonzero().unbind(-1)
-        gate, up = _linear(x[token], w13, adapters, "13", e).chunk(2, dim=-1)
-        y = _linear(F.silu(gate) * up, w2, adapters, "2", e) * weights[token, j, None]
+        gate, up = linear(x[token], "13", e).chunk(2, dim=-1)
+        y = linear(F.silu(gate) * up, "2", e) * weights[token, j, None]
         out.index_add_(0, token, y.to(out.dtype))
     return (out,)
+
+
+def _batched(
+    x: Tensor, weights: Tensor, placed: ExpertRows, w13: Tensor, w2: Tensor, ids: Tensor, **adapters: Any
+) -> tuple[Tensor]:  # fmt: skip
+    """As transformers' batched experts: each slot's matrices, copied, in one product.  Of few tokens."""
+    if adapters or ids.numel() > MOST_COPIED:
+        raise ValueError(f"{ids.numel()} slots' matrices would be copied")
+    flat, k = ids.flatten(), ids.shape[-1]
+    rows = x.repeat_interleave(k, 0)[..., None]
+    gate, up = torch.bmm(w13[flat], rows).squeeze(-1).chunk(2, dim=-1)
+    y = torch.bmm(w2[flat], (F.silu(gate) * up)[..., None]).squeeze(-1) * weights.flatten()[:, None]
+    return (y.view(*ids.shape, -1).sum(-2).to(x.dtype),)
 
 
 def _grouped(
@@ -98,7 +112,12 @@ def _grouped(
     return (y.view(*ids.shape, -1).sum(-2).to(x.dtype),)
 
 
-PROVIDERS: dict[str, Callable] = {"tilewright": _tilewright, "eager": _eager, "grouped": _grouped}
+PROVIDERS: dict[str, Callable] = {
+    "tilewright": _tilewright,
+    "eager": _eager,
+    "batched": _batched,
+    "grouped": _grouped,
+}
 
 
 def _experts(T: int, E: int, K: int) -> int:

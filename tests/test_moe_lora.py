@@ -27,7 +27,9 @@ KINDS = ("plain", "int4 32", "nf4 64 nested")  # of weights: x's dtype, or quant
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("R13, R2", [(16, 16), (1, 0), (0, 3), (64, 65)])
 def test_matches_reference(kind, R13, R2, dtype, device):
-    torch.manual_seed(2)  # of rank 1 a row is one number, whose error is luck: one that has a margin
+    torch.manual_seed(
+        2
+    )  # of rank 1 a row is one number, whose error is luck: one that has a margin
     check(drawn(device, kind, 20, 5, 2, 64, 64, R13, R2, none=True, bias=True), dtype)
 
 

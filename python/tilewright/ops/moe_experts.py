@@ -128,8 +128,9 @@ def moe_experts(
 
     Only x and gate, up [P, 2 I] are kept for the backward: 2 T D + 4 P I bytes of bfloat16.  Gradients reach x,
     weights, w13, w2, the biases and adapters; an expert without tokens gets 0, and what wants none costs none, as w13
-    and w2 under adapters.  Autocast casts x, the weights w13, w2, the biases and adapters.  ValueError where shapes, dtypes or devices do not fit.  Shazeer et al. 2017, arXiv:1701.06538, eq. 1;
-    Shazeer 2020, arXiv:2002.05202; SonicMoE 2025, arXiv:2512.14080, what is kept.
+    and w2 under adapters.  Autocast casts x, the weights w13, w2, the biases and adapters.  ValueError where shapes,
+    dtypes or devices do not fit.  Shazeer et al. 2017, arXiv:1701.06538, eq. 1; Shazeer 2020, arXiv:2002.05202;
+    SonicMoE 2025, arXiv:2512.14080, what is kept; Hu et al. 2021, arXiv:2106.09685, adapters.
     """
     _moe.check_activation("moe_experts", activation, limit)
     kind = _op.autocast_dtype(_op.device_type(x))

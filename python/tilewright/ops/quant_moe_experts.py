@@ -169,8 +169,8 @@ def quant_moe_experts(
     w13_e + scale b13_e a13_e and w2_e likewise, neither of which is formed (QLoRA).
 
     Only gate and up [P, 2 I] are kept for the backward, and x for adapters of w13.  Gradients reach x, weights and
-    adapters; w13, w2 and the biases are frozen.  Autocast casts x, the biases and adapters.  ValueError where shapes, dtypes or devices do not fit, or a bias asks
-    for a gradient.
+    adapters; w13, w2 and the biases are frozen.  Autocast casts x, the biases and adapters.  ValueError where shapes,
+    dtypes or devices do not fit, or a bias asks for a gradient.  Dettmers et al. 2023, arXiv:2305.14314 (QLoRA).
     """
     _moe.check_activation("quant_moe_experts", activation, limit)
     kind = _op.autocast_dtype(_op.device_type(x))
