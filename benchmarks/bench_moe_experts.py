@@ -1,7 +1,8 @@
 """moe_experts: Qwen3-30B's layer (2048, 768, 128 experts, 8 of them).
 
-T tokens, E experts, K of them each, D features, I intermediate ones.  With a rank R, adapters of w13 and w2, which
-are frozen.
+T tokens, E experts, K of them each, D features, I intermediate ones.  The experts train unless `frozen` is 1; with a
+rank R, adapters of theirs do instead.  The gradients of all 128, in float64 to be checked, would take 25 GB: those that
+train are 16, with as many tokens each.
 """
 
 from collections.abc import Callable
@@ -19,9 +20,10 @@ OP = "moe_experts"
 LAYER = {"E": 128, "K": 8, "D": 2048, "I": 768}
 SHAPES: dict[str, dict] = {
     "small 64": {"T": 64, "E": 8, "K": 2, "D": 512, "I": 256},  # what `make demo` times: the first
-    "Qwen3-30B 1 token": {"T": 1, **LAYER},
-    "Qwen3-30B 16": {"T": 16, **LAYER},
-    "Qwen3-30B 256": {"T": 256, **LAYER},
+    "Qwen3-30B 1 token": {"T": 1, **LAYER, "frozen": 1},
+    "Qwen3-30B 16": {"T": 16, **LAYER, "frozen": 1},
+    "Qwen3-30B 256": {"T": 256, **LAYER, "frozen": 1},
+    "16 of its experts, trained, 32": {"T": 32, **LAYER, "E": 16},
     "Qwen3-30B 256, rank 16": {"T": 256, **LAYER, "R": 16},
 }
 DTYPES = (torch.bfloat16,)
@@ -29,7 +31,7 @@ MOST_COPIED = 128  # slots: a GB of matrices
 
 
 def inputs(
-    dtype: torch.dtype, device: str, *, T: int, E: int, K: int, D: int, I: int, R: int = 0
+    dtype: torch.dtype, device: str, *, T: int, E: int, K: int, D: int, I: int, R: int = 0, frozen: int = 0
 ) -> dict:  # fmt: skip
     """Every expert as likely as another; weights that keep the scale."""
     g = torch.Generator().manual_seed(0)
@@ -40,10 +42,12 @@ def inputs(
         numbers = torch.randn(shape, generator=g, dtype=torch.float32)
         return (numbers / shape[-1] ** 0.5).to(device, dtype).requires_grad_()
 
-    x = normal(T, D)
+    x, w13, w2 = normal(T, D), normal(E, 2 * I, D), normal(E, D, I)
+    for w in (w13, w2):
+        w.requires_grad_(not (frozen or R))
     given = {
         "x": x, "weights": weights.requires_grad_(), "placed": ops.moe_dispatch(ids, E),
-        "w13": normal(E, 2 * I, D).requires_grad_(not R), "w2": normal(E, D, I).requires_grad_(not R), "ids": ids,
+        "w13": w13, "w2": w2, "ids": ids,
     }  # fmt: skip
     if R:
         shapes = {"a13": (E, R, D), "b13": (E, 2 * I, R), "a2": (E, R, I), "b2": (E, D, R)}
@@ -126,7 +130,7 @@ def _experts(T: int, E: int, K: int) -> int:
 
 
 def cost(
-    dtype: torch.dtype, *, T: int, E: int, K: int, D: int, I: int, R: int = 0
+    dtype: torch.dtype, *, T: int, E: int, K: int, D: int, I: int, R: int = 0, frozen: int = 0
 ) -> tuple[int, int]:
     """Forward: tokens read and written, their weights and experts, the experts' matrices once; their products."""
     each = 3 * D * I + R * (2 * D + 3 * I)
@@ -135,13 +139,13 @@ def cost(
 
 
 def backward_cost(
-    dtype: torch.dtype, *, T: int, E: int, K: int, D: int, I: int, R: int = 0
+    dtype: torch.dtype, *, T: int, E: int, K: int, D: int, I: int, R: int = 0, frozen: int = 0
 ) -> tuple[int, int]:
-    """Tokens, their gradients and h read, the tokens' gradients written; the matrices read, those of them that train
-    written whole."""
+    """Tokens, their gradients and h read, the tokens' gradients written; the matrices read, the gradients of those that
+    train written whole."""
     base, adapters = 3 * D * I, R * (2 * D + 3 * I)
-    trained = adapters or base
-    matrices = _experts(T, E, K) * (base + adapters) + E * trained
+    learned = adapters or base * (not frozen)
+    matrices = _experts(T, E, K) * (base + adapters) + E * learned
     kept = 2 * T * K * I
-    flops = 2 * T * K * (base + adapters + trained)
+    flops = 2 * T * K * (base + adapters + learned)
     return (3 * T * D + kept + matrices) * dtype.itemsize + 16 * T * K, flops
