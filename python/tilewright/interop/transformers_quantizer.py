@@ -60,7 +60,8 @@ class TilewrightConfig(QuantizationConfigMixin):
     bits, group, method, symmetric, scale_dtype (a dtype or its name) are quant.apply.QuantConfig's; method is
     rtn or hqq, which need no calibration, or None: the layers are quantised already.
     modules_to_not_convert: ends of layers' names, or names of modules whose layers stay as they are; by default
-    lm_head and what else the model has for output embeddings.  activations is nn.QuantLinear's.  Layers with a tied weight always stay, and those
+    lm_head and what else the model has for output embeddings.  A mixture's experts are quantised too, each alone; what
+    of them cannot be is warned of.  activations is nn.QuantLinear's.  Layers with a tied weight always stay, and those
     that transformers keeps in float32.
     Raises ValueError where settings do not go together.
     """
