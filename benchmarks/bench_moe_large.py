@@ -86,7 +86,7 @@ def _medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str
 
 
 def _trained(layer: str, T: int, device: str, seconds: float) -> list[dict[str, Any]]:
-    E, K, D, I = LAYERS[layer]
+    _, K, D, I = LAYERS[layer]
     x, weights, ids, w13, w2 = _drawn(layer, T, device)
     leaves = [t.requires_grad_() for t in (x, weights, w13, w2)]
     outs = {name: fn(x, weights, ids, w13, w2) for name, fn in RIVALS.items()}
@@ -126,7 +126,7 @@ def _graphed(call: Callable[[], object], device: str) -> Callable[[], object]:
 
 
 def _served(layer: str, T: int, device: str, seconds: float) -> dict[str, Any]:
-    E, K, D, I = LAYERS[layer]
+    *_, D, I = LAYERS[layer]
     given = _drawn(layer, T, device)
     with torch.no_grad():
         _verify(_ours(*given), *given)
